@@ -1,0 +1,88 @@
+// Element types and vector access, shared by every kernel. Self-contained on purpose: NVRTC on a
+// plain `pip install torch` finds no CUDA header, so these sources include none.
+//
+// Compile-time constants: DTYPE (0 float32, 1 float16, 2 bfloat16) is the dtype of pictures,
+// PARAMETER the dtype of norm weights and biases.
+#pragma once
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef long long i64;
+
+#define DEVICE __device__ __forceinline__
+
+template <int kDtype> struct Storage { typedef u16 type; };
+template <> struct Storage<0> { typedef float type; };
+
+DEVICE float half_to_float(u16 bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
+template <int kDtype> DEVICE float to_float(typename Storage<kDtype>::type value);
+template <> DEVICE float to_float<0>(float value) { return value; }
+template <> DEVICE float to_float<1>(u16 value) { return half_to_float(value); }
+template <> DEVICE float to_float<2>(u16 value) { return __uint_as_float((u32)value << 16); }
+
+template <int kDtype> DEVICE typename Storage<kDtype>::type from_float(float value);
+template <> DEVICE float from_float<0>(float value) { return value; }
+template <> DEVICE u16 from_float<1>(float value) {
+  u16 bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+template <> DEVICE u16 from_float<2>(float value) {
+  u16 bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+// 1 / sqrt(v) to the last bit or two: the hardware's estimate and one Newton step, free of branches.
+DEVICE float inverse_sqrt(float v) {
+  const float r = rsqrtf(v);
+  return r * fmaf(-0.5f * v * r, r, 1.5f);
+}
+
+// Two neighbouring 16-bit elements at once, the first in the low half.
+template <int kDtype> DEVICE u32 pack(float first, float second) {
+  u32 bits;
+  if (kDtype == 1) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
+
+typedef Storage<DTYPE>::type element;
+typedef Storage<PARAMETER>::type parameter;
+
+// max(y, lower) that keeps NaN, as torch.relu does; lower is 0 for a ReLU and -infinity for none.
+DEVICE float clamp_below(float y, float lower) {
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(y), "f"(lower));
+  return out;
+}
+
+// VECTOR elements moved in one access of up to 16 bytes; addresses are multiples of its size.
+template <int kCount> struct alignas(kCount * sizeof(element)) Vector {
+  element values[kCount];
+};
+
+template <int kCount> DEVICE Vector<kCount> from_floats(const float (&values)[kCount]) {
+  Vector<kCount> out;
+  if constexpr (DTYPE != 0 && kCount > 1) {
+    u32* pairs = reinterpret_cast<u32*>(out.values);
+#pragma unroll
+    for (int i = 0; i < kCount / 2; i++) pairs[i] = pack<DTYPE>(values[2 * i], values[2 * i + 1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; i++) out.values[i] = from_float<DTYPE>(values[i]);
+  }
+  return out;
+}
+
+template <int kCount> DEVICE Vector<kCount> load(const element* from) {
+  return *reinterpret_cast<const Vector<kCount>*>(from);
+}
+template <int kCount> DEVICE void store(element* to, const Vector<kCount>& vector) {
+  *reinterpret_cast<Vector<kCount>*>(to) = vector;
+}

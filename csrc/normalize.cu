@@ -1,0 +1,216 @@
+// The way into a convolution, and the end of an instance norm, in one pass over the pixels:
+//
+//   z   = act((x - mean) / sqrt(variance + eps) * weight + bias) + residual
+//   out = pad(upsample_nearest(z)),   and z itself where `kept` is given
+//
+// Every output pixel finds its source by index arithmetic; nothing else is written.
+// Absent parts are null pointers. Constants: DTYPE, PARAMETER, LAYOUT (below), VECTOR, UPSAMPLE (1 or 2; 0 where
+// the factor is only known at run time), PAD (0 none, 1 zeros, 2 reflect, 3 replicate).
+#include "elements.cuh"
+
+#define CHANNELS_LAST 0  // every tensor channels_last: a thread moves VECTOR channels of a pixel
+#define CONTIGUOUS 1     // every tensor contiguous: a thread moves VECTOR pixels of a plane
+#define STRIDED 2        // tensors of different layouts: one element a thread, in the output's order
+
+#define UNROLL 4
+
+// Blocks run from the last pixel to the first: the statistics have just been read in the other
+// direction, so the pixels read last are still in the L2 cache.
+#define REVERSED(axis) (gridDim.axis - 1 - blockIdx.axis)
+
+// x * scale + shift is the normalised value, in one rounding.
+struct Affine {
+  float scale, shift;
+  DEVICE float operator()(float x) const { return fmaf(x, scale, shift); }
+};
+
+struct Norm {
+  const float *mean, *variance;  // (N, C), or (C) where image_stride is 0
+  const parameter *weight, *bias;
+  float eps;
+  i64 image_stride;
+
+  DEVICE Affine at(i64 image, i64 channel) const {
+    Affine a = {1.f, 0.f};
+    if (mean) {
+      a.scale = inverse_sqrt(variance[image * image_stride + channel] + eps);
+      if (weight) a.scale *= to_float<PARAMETER>(weight[channel]);
+      a.shift = fmaf(-mean[image * image_stride + channel], a.scale, bias ? to_float<PARAMETER>(bias[channel]) : 0.f);
+    }
+    return a;
+  }
+};
+
+// The source of output position `at` along a dimension of `size` source pixels; -1 is a zero.
+DEVICE int source(int at, int before, int size, int factor) {
+  int i = at - before;
+  const int last = size * factor - 1;
+  if (PAD == 1 && (i < 0 || i > last)) return -1;
+  if (PAD == 2) i = abs(i), i = min(i, 2 * last - i);
+  if (PAD == 3) i = min(max(i, 0), last);
+  return (u32)i / (u32)factor;
+}
+
+// Whether output position `at` is where its source pixel is written to `kept`: once, not mirrored.
+DEVICE bool owns(int at, int before, int size, int factor) {
+  const int i = at - before;
+  return i >= 0 && i < size * factor && (u32)i % (u32)factor == 0;
+}
+
+#define ARGUMENTS                                                                                          \
+  const element *__restrict__ x, const element *__restrict__ residual, element *__restrict__ out,          \
+      element *__restrict__ kept, const float *mean, const float *variance, const parameter *weight,       \
+      const parameter *bias, float eps, float lower, i64 image_stride, int channels, int height,           \
+      int width, int run_time_factor, int top, int left, int out_height, int out_width
+#define FACTOR (UPSAMPLE ? UPSAMPLE : run_time_factor)
+
+#if LAYOUT == CHANNELS_LAST
+// One segment of a row: pixels start, start + columns, ... below end, UNROLL loads in flight.
+template <bool kResidual, bool kKeep> DEVICE void write_row(
+    const Affine (&affine)[VECTOR], float lower, const element* from_row, const element* more_row, element* to_row,
+    element* kept_row, bool zero_row, int start, int end, int columns, int channels, int left, int width, int factor) {
+  for (int x0 = start; x0 < end; x0 += UNROLL * columns) {
+    Vector<VECTOR> in[UNROLL], more[UNROLL];
+    int from[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      from[u] = source(min(x0 + u * columns, end - 1), left, width, factor);
+      const int offset = PAD == 1 ? max(from[u], 0) * channels : from[u] * channels;
+      in[u] = load<VECTOR>(from_row + offset);
+      if (kResidual) more[u] = load<VECTOR>(more_row + offset);
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      const int at = x0 + u * columns;
+      float values[VECTOR];
+#pragma unroll
+      for (int v = 0; v < VECTOR; v++) {
+        values[v] = clamp_below(affine[v](to_float<DTYPE>(in[u].values[v])), lower);
+        if (kResidual) values[v] += to_float<DTYPE>(more[u].values[v]);
+        if (PAD == 1 && (zero_row || from[u] < 0)) values[v] = 0.f;
+      }
+      const Vector<VECTOR> result = from_floats(values);
+      if (at < end) {
+        store<VECTOR>(to_row + at * channels, result);
+        if (kKeep && owns(at, left, width, factor)) store<VECTOR>(kept_row + from[u] * channels, result);
+      }
+    }
+  }
+}
+
+// Grid (blocks, N, ceil(C / VECTOR / 256)), 256 threads: `lanes` channel groups x pixels. The work is
+// `segments` segments of `segment` pixels for every output row, which has under 2^31 elements; blocks
+// take them in turn.
+extern "C" __global__ void __launch_bounds__(256, 3) normalize(ARGUMENTS, int lanes, int segments, int segment) {
+  const Norm norm = {mean, variance, weight, bias, eps, image_stride};
+  const int factor = FACTOR;
+  const int group = blockIdx.z * 256 + threadIdx.x % lanes, column = threadIdx.x / lanes, columns = 256 / lanes;
+  const i64 channel = (i64)group * VECTOR, image = REVERSED(y);
+  if (column >= columns || channel >= channels) return;
+  Affine affine[VECTOR];
+#pragma unroll
+  for (int v = 0; v < VECTOR; v++) affine[v] = norm.at(image, channel + v);
+  for (int task = out_height * segments - 1 - blockIdx.x; task >= 0; task -= gridDim.x) {
+    const int y = task / segments, start = task % segments * segment, end = min(out_width, start + segment);
+    const int from_y = source(y, top, height, factor);
+    const i64 from_row = (image * height + max(from_y, 0)) * width * channels + channel;
+    element* to_row = out + (image * out_height + y) * out_width * channels + channel;
+    const bool keeps = kept && owns(y, top, height, factor);
+#define WRITE_ROW(RESIDUAL, KEEP)                                                                              \
+  write_row<RESIDUAL, KEEP>(affine, lower, x + from_row, residual + from_row, to_row, kept + from_row, from_y < 0, \
+                            start + column, end, columns, channels, left, width, factor)
+    if (residual)
+      keeps ? WRITE_ROW(true, true) : WRITE_ROW(true, false);
+    else
+      keeps ? WRITE_ROW(false, true) : WRITE_ROW(false, false);
+  }
+}
+#elif LAYOUT == CONTIGUOUS
+// Grid (blocks a plane, min(N C, 65535)), 256 threads. VECTOR > 1 only without pad and upsample,
+// where the host passes a plane as one row.
+extern "C" __global__ void __launch_bounds__(256, 2) normalize(ARGUMENTS, i64 planes) {
+  const Norm norm = {mean, variance, weight, bias, eps, image_stride};
+  const int factor = FACTOR;
+  const i64 pixels = (i64)height * width, out_pixels = (i64)out_height * out_width;
+  for (i64 plane = REVERSED(y); plane < planes; plane += gridDim.y) {
+    const Affine affine = norm.at(plane / channels, plane % channels);
+    const element* from = x + plane * pixels;
+    const element* add = residual + plane * pixels;
+    if (PAD == 0 && UPSAMPLE == 1) {
+      const i64 stride = (i64)gridDim.x * 256 * VECTOR;
+      for (i64 at = ((i64)REVERSED(x) * 256 + threadIdx.x) * VECTOR; at < pixels; at += UNROLL * stride) {
+        Vector<VECTOR> in[UNROLL], more[UNROLL];
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++)
+          if (at + u * stride < pixels) {
+            in[u] = load<VECTOR>(from + at + u * stride);
+            if (residual) more[u] = load<VECTOR>(add + at + u * stride);
+          }
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++)
+          if (at + u * stride < pixels) {
+            float values[VECTOR];
+#pragma unroll
+            for (int v = 0; v < VECTOR; v++) {
+              values[v] = clamp_below(affine(to_float<DTYPE>(in[u].values[v])), lower);
+              if (residual) values[v] += to_float<DTYPE>(more[u].values[v]);
+            }
+            const Vector<VECTOR> result = from_floats(values);
+            store<VECTOR>(out + plane * out_pixels + at + u * stride, result);
+            if (kept) store<VECTOR>(kept + plane * pixels + at + u * stride, result);
+          }
+      }
+    } else {
+      for (int y = blockIdx.x; y < out_height; y += gridDim.x) {
+        const int from_y = source(y, top, height, factor);
+        for (int at = threadIdx.x; at < out_width; at += 256) {
+          const int from_x = source(at, left, width, factor);
+          float value = 0.f;
+          const i64 i = (i64)from_y * width + from_x;
+          if (from_y >= 0 && from_x >= 0) {
+            value = clamp_below(affine(to_float<DTYPE>(from[i])), lower);
+            if (residual) value += to_float<DTYPE>(add[i]);
+          }
+          const element result = from_float<DTYPE>(value);
+          out[plane * out_pixels + (i64)y * out_width + at] = result;
+          if (kept && owns(y, top, height, factor) && owns(at, left, width, factor)) kept[plane * pixels + i] = result;
+        }
+      }
+    }
+  }
+}
+#else
+// Strides are of image, channel, row and pixel, in elements; `out` and `kept` are dense.
+struct Strides {
+  i64 image, channel, row, pixel;
+  DEVICE i64 at(i64 n, i64 c, i64 y, i64 x) const { return n * image + c * channel + y * row + x * pixel; }
+};
+
+// Grid (output rows, N), 256 threads over the channels and pixels of a row.
+extern "C" __global__ void __launch_bounds__(256) normalize(
+    ARGUMENTS, int out_channels_last, int kept_channels_last, i64 x_image, i64 x_channel, i64 x_row, i64 x_pixel,
+    i64 r_image, i64 r_channel, i64 r_row, i64 r_pixel) {
+  const Norm norm = {mean, variance, weight, bias, eps, image_stride};
+  const int factor = FACTOR, y = REVERSED(x), inner = out_channels_last ? channels : out_width;
+  const i64 n = REVERSED(y), pixels = (i64)height * width, out_pixels = (i64)out_height * out_width;
+  const Strides in = {x_image, x_channel, x_row, x_pixel}, add = {r_image, r_channel, r_row, r_pixel};
+  const int from_y = source(y, top, height, factor);
+  for (int i = threadIdx.x; i < channels * out_width; i += 256) {
+    const int outer = (u32)i / (u32)inner, rest = i - outer * inner;
+    const int c = out_channels_last ? rest : outer, at = out_channels_last ? outer : rest;
+    const int from_x = source(at, left, width, factor);
+    float value = 0.f;
+    if (from_y >= 0 && from_x >= 0) {
+      value = clamp_below(norm.at(n, c)(to_float<DTYPE>(x[in.at(n, c, from_y, from_x)])), lower);
+      if (residual) value += to_float<DTYPE>(residual[add.at(n, c, from_y, from_x)]);
+    }
+    const element result = from_float<DTYPE>(value);
+    const i64 row = (i64)y * out_width;
+    out[out_channels_last ? (n * out_pixels + row) * channels + i : (n * channels + c) * out_pixels + row + at] = result;
+    if (kept && owns(y, top, height, factor) && owns(at, left, width, factor)) {
+      const i64 pixel = (i64)from_y * width + from_x;
+      kept[kept_channels_last ? (n * pixels + pixel) * channels + c : (n * channels + c) * pixels + pixel] = result;
+    }
+  }
+}
+#endif

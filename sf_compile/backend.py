@@ -1,0 +1,88 @@
+"""``torch.compile(model, backend="styleforge")``: the one file that knows the order of the stages.
+
+    Dynamo's graph -> normalize -> match -> plan -> rewrite -> the fallback compiler
+
+PyTorch finds ``styleforge`` below through the entry point group ``torch_dynamo_backends``. Nothing
+in a model that the matcher does not understand is touched; a graph with nothing to fuse is handed
+back as it came.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sf_compile.graph.match import Matches, match
+from sf_compile.graph.normalize import NormalizedGraph, normalize
+from sf_compile.graph.plan import Plan, plan
+from sf_compile.graph.rewrite import rewrite
+from sf_compile.options import Options
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the pipeline decided about one graph, before anything is rewritten."""
+
+    normalized: NormalizedGraph
+    matches: Matches
+    plan: Plan
+
+
+def analyse(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Analysis:
+    """Run the read-only stages on ``gm``, which is not changed."""
+    normalized = normalize(gm, example_inputs)
+    matches = match(normalized)
+    return Analysis(normalized, matches, plan(normalized, matches, options))
+
+
+def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Callable[..., Any]:
+    """A callable that computes what ``gm`` does, its fusible sites by ``styleforge`` ops."""
+    analysis = analyse(gm, example_inputs, options)
+    if not analysis.plan.decisions:
+        log.debug("nothing to fuse in a graph of %d nodes: it runs as it came", len(gm.graph.nodes))
+        return _fallback(gm, example_inputs, options)
+    import sf_compile.ops  # noqa: F401  registers the ops that rewrite calls by name
+
+    rewritten = rewrite(analysis.normalized, analysis.plan)
+    log.debug("fused %d sites:\n%s", len(analysis.plan.decisions), analysis.plan)
+    return _fallback(rewritten, example_inputs, options)
+
+
+def _fallback(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Any:
+    if options.fallback == "eager":
+        return gm.forward
+    if callable(options.fallback):
+        return options.fallback(gm, example_inputs)
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    mode = list_mode_options(options.mode) if options.mode != "default" else None
+    return compile_fx(gm, example_inputs, config_patches=mode)
+
+
+def styleforge(
+    gm: fx.GraphModule,
+    example_inputs: list[torch.Tensor],
+    *,
+    options: Mapping[str, Any] | Options | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The torch.compile backend.
+
+    Args:
+        gm: The graph that Dynamo captured; never modified.
+        example_inputs: Its (fake) inputs.
+        options: Settings by name; see ``sf_compile.Options``.
+        mode: torch.compile's mode.
+
+    Raises:
+        ValueError: for an unknown option or a wrong value.
+    """
+    return compile_graph(gm, example_inputs, Options.build(options, mode))

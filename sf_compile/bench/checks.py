@@ -1,0 +1,66 @@
+"""Correct first: no peer is timed before its output was compared with float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sf_compile.bench.rows import BenchmarkError
+
+# The package's promise: at most this many times eager's own error in the same precision.
+STYLEFORGE_FACTOR = 1.25
+# Another peer may round differently (another algorithm, TF32 or not); this finds a wrong one.
+PEER_FACTOR = 10.0
+# Eager beyond this is not a reference for anything.
+EAGER_LIMIT = 0.1
+STYLEFORGE_EPSILON = 1e-6
+PEER_EPSILON = 1e-5
+
+
+def relative_error(output: Tensor, reference: Tensor) -> float:
+    """Return ||output - reference|| / ||reference|| in float64, a NaN in either gives NaN."""
+    reference = reference.double()
+    return float(torch.linalg.vector_norm(output.double() - reference) / torch.linalg.vector_norm(reference))
+
+
+def check_output(peer: str, output: Tensor, reference: Tensor, eager_error: float, where: str) -> float:
+    """Compare what `peer` returned with float64 and return its relative error.
+
+    Raises:
+        BenchmarkError: another shape, or an error that :func:`check_error` does not allow.
+    """
+    if output.shape != reference.shape:
+        raise BenchmarkError(
+            f"{where}: {peer} returns a wrong shape {tuple(output.shape)}, expected {tuple(reference.shape)}"
+        )
+    error = relative_error(output, reference)
+    check_error(peer, error, eager_error, where)
+    return error
+
+
+def check_error(peer: str, error: float, eager_error: float, where: str) -> None:
+    """Stop the benchmark where `peer` computes something else than eager does.
+
+    Args:
+        peer: ``peer`` of its rows.
+        error: its relative error against float64.
+        eager_error: eager's, in the same dtype and on the same input.
+        where: what was computed, for the message.
+
+    Raises:
+        BenchmarkError: the error is above the limit, or is NaN.
+    """
+    # `not <=` rather than `>`: a NaN fails every comparison and so never passes.
+    if not eager_error <= EAGER_LIMIT:
+        raise BenchmarkError(
+            f"{where}: eager itself is {eager_error:.3g} from float64, nothing can be compared"
+        )
+    if peer == "styleforge":
+        limit = STYLEFORGE_FACTOR * eager_error + STYLEFORGE_EPSILON
+    else:
+        limit = PEER_FACTOR * eager_error + PEER_EPSILON
+    if not error <= limit:
+        raise BenchmarkError(
+            f"{where}: {peer} computes a wrong result: relative error {error:.3g} against float64, "
+            f"allowed {limit:.3g} (eager's own is {eager_error:.3g}); nothing was timed after it"
+        )

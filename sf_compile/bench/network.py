@@ -1,0 +1,237 @@
+"""Suite ``network``: TransformerNet, end to end, by every peer.
+
+For each size and dtype: build all peers, compare each with a float64 run of the same weights and
+input, time them interleaved, free everything. Weights are random with a fixed seed and cast to the
+dtype; inputs are uniform in 0..255, as pictures are, and rotate. All peers run under
+``torch.no_grad()``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+
+from sf_compile.bench.building import Built, build, ready
+from sf_compile.bench.ceilings import Ceilings, measure_ceilings
+from sf_compile.bench.checks import check_output, relative_error
+from sf_compile.bench.peers import PEERS, Build, Peer
+from sf_compile.bench.rows import BenchmarkError, Log, Row, dtype_name, environment_of, rounded
+from sf_compile.bench.timing import Budget, Call, Sample, interleaved, sustained
+from sf_compile.bench.work import Size, parse_sizes, transformer_net_flop
+from sf_compile.models import MIN_SIDE, TransformerNet
+
+GPU_SIZES = parse_sizes("512x512,1080x1920,2160x3840,8x512x512")
+CPU_SIZES = parse_sizes("128x128,256x256")
+WIDTH, BLOCKS = 32, 5
+SEED = 0
+ROTATING_INPUTS = 4
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One peer ready to be timed at one size and dtype."""
+
+    peer: Peer
+    built: Built
+    call: Call
+    inputs: Sequence[Tensor]
+    peak_mb: float | None
+    error: float
+
+
+def select_peers(names: Sequence[str] | None, device: torch.device, log: Log) -> list[Peer]:
+    """Return the peers called `names`, or, for None, all that can run on `device`.
+
+    Raises:
+        BenchmarkError: a name is unknown, or a named peer cannot run here.
+    """
+    if names is None:
+        for peer in PEERS.values():
+            if (reason := peer.missing(device)) is not None:
+                log(f"without {peer.name}: {reason}")
+        return [peer for peer in PEERS.values() if peer.missing(device) is None]
+    for name in names:
+        if name not in PEERS:
+            raise BenchmarkError(f"no peer is called {name!r}; choose from {', '.join(PEERS)}")
+        if (reason := PEERS[name].missing(device)) is not None:
+            raise BenchmarkError(f"peer {name} cannot run on {device}: {reason}")
+    return [PEERS[name] for name in dict.fromkeys(names)]
+
+
+def run_network(
+    sizes: Sequence[Size],
+    dtypes: Sequence[torch.dtype],
+    peers: Sequence[Peer],
+    device: torch.device,
+    *,
+    budget: Budget,
+    hot: float = 0.0,
+    quick: bool = False,
+    log: Log,
+) -> list[Row]:
+    """Check and time `peers` on `device` and return one row each for every size and dtype.
+
+    Args:
+        sizes: input pictures.
+        dtypes: floating dtypes of weights and input.
+        peers: what to compare, in the order of the rows.
+        device: a CUDA device or the CPU.
+        budget: how long to measure each.
+        hot: seconds of uninterrupted load for an additional row per peer; 0 for none.
+        quick: measure the ceilings on small operands.
+        log: receives one line of progress at a time.
+
+    Raises:
+        BenchmarkError: a picture is too small for the network, or a peer's output is wrong.
+    """
+    for size in sizes:
+        if min(size.height, size.width) < MIN_SIDE:
+            raise BenchmarkError(
+                f"{size} is too small: TransformerNet needs sides of at least {MIN_SIDE} pixels"
+            )
+    environment = environment_of(device)
+    rows: list[Row] = []
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    # A peer compiled anew for every size and dtype is what is wanted here, not a mistake to give up on.
+    unlimited = torch._dynamo.config.patch(recompile_limit=64)
+    with (
+        torch.no_grad(),
+        on_device,
+        unlimited,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches,
+    ):
+        ceilings = measure_ceilings(device, tuple(dtypes), quick=quick)
+        log(f"ceilings: {ceilings.tflops} TFLOP/s, copy {ceilings.copy_gbps:.4g} GB/s")
+        for size in sizes:
+            for dtype in dtypes:
+                where = f"{size} {dtype_name(dtype)}"
+                log(f"{where}: building {len(peers)} peers")
+                runners = _runners(size, dtype, peers, device, Path(caches), size == sizes[0], where, log)
+                common = {
+                    **vars(environment),
+                    "network": "transformer_net",
+                    **size._asdict(),
+                    "dtype": dtype_name(dtype),
+                }
+                rows += _time(runners, size, dtype, ceilings, budget, hot, common, log)
+                del runners
+                _free(device)
+    return rows
+
+
+def _runners(
+    size: Size,
+    dtype: torch.dtype,
+    peers: Sequence[Peer],
+    device: torch.device,
+    caches: Path,
+    first_size: bool,
+    where: str,
+    log: Log,
+) -> list[Runner]:
+    """Build and check `peers`; in their order."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = TransformerNet(width=WIDTH, blocks=BLOCKS).eval().to(device, dtype)
+        pictures = [
+            (torch.rand(size.batch, 3, *size[1:]) * 255).to(device, dtype) for _ in range(ROTATING_INPUTS)
+        ]
+    nhwc = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    models = {"contiguous": model, "channels_last": nhwc}
+    inputs = {
+        "contiguous": pictures,
+        "channels_last": [picture.contiguous(memory_format=torch.channels_last) for picture in pictures],
+    }
+    reference = _reference(model, pictures[-1])
+    eager_error = relative_error(model(pictures[-1]), reference)
+
+    built: dict[tuple[Build, str], Built] = {}
+    runners: dict[str, Runner] = {}
+    # styleforge first: its warm compilation resets Dynamo, which would forget what others compiled.
+    for peer in sorted(peers, key=lambda peer: peer.row_name != "styleforge"):
+        layout = peer.layout(dtype)
+        example = inputs[layout][0]
+        key = (peer.build, layout)
+        if key not in built:
+            built[key] = build(peer, models[layout], example, caches, first_size=first_size)
+            if built[key].compile_cold_s is not None:
+                log(f"{where}: {peer.name} compiled in {built[key].compile_cold_s:.1f} s")
+        call, peak_mb = ready(peer, built[key].call, example)
+        error = check_output(peer.row_name, call(inputs[layout][-1]), reference, eager_error, where)
+        runners[peer.name] = Runner(peer, built[key], call, inputs[layout], peak_mb, error)
+    return [runners[peer.name] for peer in peers]
+
+
+def _reference(model: nn.Module, picture: Tensor) -> Tensor:
+    """Run the same weights and input in float64, a picture at a time to bound the memory."""
+    exact = copy.deepcopy(model).double()
+    return torch.cat([exact(one.double()) for one in picture.split(1)])
+
+
+def _time(
+    runners: Sequence[Runner],
+    size: Size,
+    dtype: torch.dtype,
+    ceilings: Ceilings,
+    budget: Budget,
+    hot: float,
+    common: Row,
+    log: Log,
+) -> list[Row]:
+    """Time the runners cool, then hot where asked, and return their rows."""
+    ceiling = ceilings.tflops[dtype_name(dtype)]
+    floor = transformer_net_flop(size, width=WIDTH, blocks=BLOCKS) / ceiling / 1e9
+    common = {
+        **common,
+        "floor_ms": rounded(floor),
+        "ceiling_tflops": rounded(ceiling),
+        "copy_gbps": rounded(ceilings.copy_gbps),
+    }
+    cool = interleaved(
+        {runner.peer.name: runner.call for runner in runners},
+        {runner.peer.name: runner.inputs for runner in runners},
+        budget,
+    )
+    rows = [_row(runner, cool[runner.peer.name], "cool", dtype, common) for runner in runners]
+    if hot > 0:
+        for runner in runners:
+            log(f"{size} {dtype_name(dtype)}: {runner.peer.name} hot for {hot:g} s")
+            sample = sustained(runner.call, runner.inputs, hot)
+            rows.append(_row(runner, sample, "hot", dtype, common))
+    return rows
+
+
+def _row(runner: Runner, sample: Sample, condition: str, dtype: torch.dtype, common: Row) -> Row:
+    """Put one runner's numbers into a row."""
+    return {
+        **common,
+        "peer": runner.peer.row_name,
+        "graphs": runner.peer.graphs,
+        "layout": runner.peer.layout(dtype),
+        "condition": condition,
+        "median_ms": rounded(sample.percentile(50)),
+        "p20_ms": rounded(sample.percentile(20)),
+        "p80_ms": rounded(sample.percentile(80)),
+        "back_to_back_ms": rounded(sample.back_to_back),
+        "peak_mb": rounded(runner.peak_mb),
+        "compile_cold_s": rounded(runner.built.compile_cold_s),
+        "compile_warm_s": rounded(runner.built.compile_warm_s),
+        "error_vs_float64": rounded(runner.error),
+    }
+
+
+def _free(device: torch.device) -> None:
+    """Give back what the peers of one size held: compiled code, CUDA graph pools, cached memory."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,106 @@
+"""Rows as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from sf_compile.bench.rows import Row
+
+
+def format_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Lay out `lines` under `header`: the first column to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *lines, strict=True)]
+    table = [header, ["-" * width for width in widths], *lines]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    )
+
+
+def cell(value: float | None, form: str = ".3f") -> str:
+    """Format one number of a table; ``-`` where there is none."""
+    return "-" if value is None else format(value, form)
+
+
+def network_table(rows: Sequence[Row]) -> str:
+    """Return the network rows as text, one table for each size, dtype and condition.
+
+    ``x`` is a peer's median over styleforge's (over its CUDA graph where that ran), so above 1 the peer
+    is slower; without a styleforge row it is over eager's. ``of floor`` is the floor over the median.
+    """
+    header = ("peer", "graphs", "layout", "median ms", "p20", "p80", "back to back", "x", "of floor",
+              "peak MiB", "cold s", "warm s", "error")  # fmt: skip
+    tables = []
+    for (size, dtype, condition), group in _grouped(rows).items():
+        base = _baseline(group)
+        lines = [
+            (
+                row["peer"],
+                "yes" if row["graphs"] else "no",
+                row["layout"],
+                cell(row["median_ms"]),
+                cell(row["p20_ms"]),
+                cell(row["p80_ms"]),
+                cell(row["back_to_back_ms"]),
+                "-" if base is None else f"{row['median_ms'] / base['median_ms']:.2f}",
+                "-" if row["floor_ms"] is None else f"{row['floor_ms'] / row['median_ms']:.1%}",
+                cell(row["peak_mb"], ".0f"),
+                cell(row["compile_cold_s"], ".2f"),
+                cell(row["compile_warm_s"], ".2f"),
+                cell(row["error_vs_float64"], ".1e"),
+            )
+            for row in group
+        ]
+        floor = group[0]["floor_ms"]
+        title = f"{group[0]['network']} {size} {dtype}, {condition}"
+        if floor is not None:
+            title += f"; floor {floor:.3f} ms at {group[0]['ceiling_tflops']:.4g} TFLOP/s"
+        tables.append(title + "\n" + format_table(header, lines))
+    return "\n\n".join(tables)
+
+
+def _grouped(rows: Sequence[Row]) -> Mapping[tuple[str, str, str], list[Row]]:
+    """Group network rows by what a ratio may be taken within."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        size = f"{row['batch']}x{row['height']}x{row['width']}"
+        groups.setdefault((size, row["dtype"], row["condition"]), []).append(row)
+    return groups
+
+
+def _baseline(group: Sequence[Row]) -> Row | None:
+    """Return the row that ratios are over: styleforge with graphs, styleforge without, or eager."""
+    for peer, graphs in (("styleforge", True), ("styleforge", False), ("eager", False)):
+        for row in group:
+            if (row["peer"], row["graphs"]) == (peer, graphs):
+                return row
+    return None
+
+
+def instance_norm_table(rows: Sequence[Row]) -> str:
+    """Return the instance-norm rows as text; ``x`` is a peer's time over styleforge's, or over eager's."""
+    header = ("shape", "layout", "dtype", "variant", "peer", "median us", "x", "GB/s", "of copy", "error")
+    base: dict[tuple[str, ...], float] = {}
+    for peer in ("eager", "styleforge"):
+        base |= {_case(row): row["median_us"] for row in rows if row["peer"] == peer}
+    lines = [
+        (
+            *_case(row),
+            row["peer"],
+            cell(row["median_us"], ".2f"),
+            "-" if _case(row) not in base else f"{row['median_us'] / base[_case(row)]:.2f}",
+            cell(row["gbps"], ".0f"),
+            f"{row['share_of_copy']:.1%}",
+            cell(row["error_vs_float64"], ".1e"),
+        )
+        for row in rows
+    ]
+    return format_table(header, lines)
+
+
+def _case(row: Row) -> tuple[str, str, str, str]:
+    """Return what instance-norm rows must share for a ratio to be taken."""
+    return row["shape"], row["layout"], row["dtype"], row["variant"]

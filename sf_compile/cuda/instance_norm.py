@@ -1,0 +1,119 @@
+"""Host side of csrc/instance_norm.cu and csrc/instance_norm_plane.cu: ``styleforge::instance_norm`` on a GPU.
+
+Small contiguous planes, enough of them to fill the GPU, take the plane kernel (one block a plane,
+in registers); everything else dense takes the slab kernel. Both read each pixel once where it can
+stay on the chip. A picture that is dense in neither layout, or whose output layout differs, goes
+through ``statistics`` and ``normalize``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from itertools import product
+
+from torch import Tensor
+
+from sf_compile.cuda.launcher import Kernel, load
+from sf_compile.cuda.layout import (
+    DTYPES,
+    LOWER,
+    empty,
+    is_channels_last,
+    multiprocessors,
+    parameter_dtype,
+    parameter_dtypes,
+    pointer,
+    shared_bytes,
+    vector_width,
+    vector_widths,
+)
+from sf_compile.cuda.normalization import normalize, usable
+from sf_compile.cuda.slabs import STEP, SlabVariant, arrivals, cut, published, slab_variants
+from sf_compile.cuda.statistics import statistics
+
+SLAB_SOURCE = "instance_norm.cu"
+PLANE_SOURCE = "instance_norm_plane.cu"
+_THREADS = 640
+_STATIC_SHARED_BYTES = 12 * 1024  # at most, of csrc/instance_norm.cu; the rest holds pixels
+_HELD = (1, 2, 4, 8)
+_PLANE_BYTES = 64 * 1024  # a larger plane is better cut into slabs, or held in shared memory
+
+
+def slab_constants(slab: SlabVariant, parameter: int) -> dict[str, int]:
+    """The compile-time constants of one csrc/instance_norm.cu kernel."""
+    return {name.upper(): int(value) for name, value in slab._asdict().items()} | {"PARAMETER": parameter}
+
+
+def plane_constants(dtype: int, parameter: int, vector: int, held: int) -> dict[str, int]:
+    """The compile-time constants of one csrc/instance_norm_plane.cu kernel."""
+    return {"DTYPE": dtype, "PARAMETER": parameter, "VECTOR": vector, "HELD": held}
+
+
+def variants() -> Iterator[tuple[str, dict[str, int]]]:
+    """Every (source, constants) that ``instance_norm`` can ask for."""
+    for slab in slab_variants():
+        for parameter in parameter_dtypes(slab.dtype):
+            yield SLAB_SOURCE, slab_constants(slab, parameter)
+    for dtype in DTYPES.values():
+        for parameter, vector, held in product(parameter_dtypes(dtype), vector_widths(dtype), _HELD):
+            yield PLANE_SOURCE, plane_constants(dtype, parameter, vector, held)
+
+
+@functools.cache
+def _slab_kernel(index: int, slab: SlabVariant, parameter: int, waits: bool) -> Kernel:
+    constants = slab_constants(slab, parameter)
+    return load(SLAB_SOURCE, "instance_norm", constants, index, "PPPPPPPffqqii", cooperative=waits)
+
+
+@functools.cache
+def _plane_kernel(index: int, dtype: int, parameter: int, vector: int, held: int) -> Kernel:
+    constants = plane_constants(dtype, parameter, vector, held)
+    return load(PLANE_SOURCE, "instance_norm_plane", constants, index, "PPPPPffii")
+
+
+def plane_block(vectors: int) -> tuple[int, int]:
+    """(held, threads) of the plane kernel for planes of ``vectors`` accesses: at most 8192."""
+    held = next(h for h in _HELD if h == 8 or vectors <= h * 64)
+    return held, max(32, -(-vectors // (held * 32)) * 32)
+
+
+def instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    residual: Tensor | None,
+    channels_last: bool,
+) -> Tensor:
+    """``styleforge::instance_norm``; its arguments have been checked."""
+    parameter = parameter_dtype(input.dtype, weight, bias)
+    dense = is_channels_last if channels_last else Tensor.is_contiguous
+    inputs = [t for t in (input, residual) if t is not None]
+    if parameter is None or not usable(input) or not all(dense(t) for t in inputs):
+        mean, variance = statistics(input)
+        return normalize(input, mean, variance, weight, bias, eps, activation, residual, channels_last)
+    n, c, h, w = input.shape
+    index, dtype = input.device.index, DTYPES[input.dtype]
+    lower = LOWER[activation]
+    out = empty(input.shape, input, channels_last)
+    pointers = (pointer(input), pointer(residual), pointer(out), pointer(weight), pointer(bias))
+    small = h * w * input.element_size() <= _PLANE_BYTES and 2 * n * c >= multiprocessors(index)
+    if input.is_contiguous() and out.is_contiguous() and small:
+        vector = vector_width(h * w, input, residual)
+        if h * w <= vector * 8192:
+            held, threads = plane_block(h * w // vector)
+            kernel = _plane_kernel(index, dtype, parameter, vector, held)
+            kernel.launch((n * c, 1, 1), threads, 0, (*pointers, eps, lower, c, h * w))
+            return out
+    slabs = cut(input, _THREADS, 1, residual)
+    vector_bytes = slabs.variant.vector * input.element_size()
+    slots = (shared_bytes(index) - _STATIC_SHARED_BYTES) // (STEP * _THREADS * vector_bytes)
+    moments = published(input, slabs)
+    _slab_kernel(index, slabs.variant, parameter, slabs.slices > 1).launch(
+        (slabs.groups * slabs.slices, 1, 1), _THREADS, slots * STEP * _THREADS * vector_bytes,
+        (*pointers, pointer(moments), arrivals(input, slabs), eps, lower, c, h * w, slabs.slices,
+         slots),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,178 @@
+"""Host side of csrc/normalize.cu: one pass that normalises, activates, adds, upsamples and pads."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sf_compile.cuda.compiler import usable_or_warn
+from sf_compile.cuda.launcher import Kernel, load
+from sf_compile.cuda.layout import (
+    DTYPES,
+    LOWER,
+    empty,
+    is_channels_last,
+    multiprocessors,
+    parameter_dtype,
+    parameter_dtypes,
+    pointer,
+    vector_width,
+    vector_widths,
+)
+from sf_compile.ops import reference
+from sf_compile.ops.normalize import Norm
+
+SOURCE = "normalize.cu"
+CHANNELS_LAST, CONTIGUOUS, STRIDED = 0, 1, 2
+PADS = {"zeros": 1, "reflect": 2, "replicate": 3}
+_THREADS = 256
+_UNROLL = 4
+_RESIDENT = 3  # blocks of the channels_last kernel that a multiprocessor holds at once
+_GRID_LIMIT = 65535
+_SIGNATURE = "PPPPPPPPffqiiiiiiii"
+_FACTORS = (1, 2, 0)  # compiled in; 0 takes the factor at run time
+_EXTRA = {CHANNELS_LAST: "iii", CONTIGUOUS: "q", STRIDED: "iiqqqqqqqq"}
+
+
+class Variant(NamedTuple):
+    """The compile-time constants of one ``normalize`` kernel."""
+
+    layout: int
+    dtype: int
+    parameter: int
+    vector: int
+    upsample: int
+    pad: int
+
+    def constants(self) -> dict[str, int]:
+        """By the names that the kernel source uses."""
+        return {name.upper(): int(value) for name, value in self._asdict().items()}
+
+
+def variants() -> Iterator[tuple[str, dict[str, int]]]:
+    """Every (source, constants) that ``apply`` can ask for."""
+    for dtype in DTYPES.values():
+        for parameter, upsample, pad in product(parameter_dtypes(dtype), _FACTORS, range(4)):
+            moves = pad > 0 or upsample != 1
+            widths = {
+                CHANNELS_LAST: vector_widths(dtype),
+                CONTIGUOUS: (1,) if moves else vector_widths(dtype),
+                STRIDED: (1,),
+            }
+            for layout, vectors in widths.items():
+                for vector in vectors:
+                    yield SOURCE, Variant(layout, dtype, parameter, vector, upsample, pad).constants()
+
+
+@functools.cache
+def _kernel(index: int, variant: Variant) -> Kernel:
+    signature = _SIGNATURE + _EXTRA[variant.layout]
+    return load(SOURCE, "normalize", variant.constants(), index, signature)
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the kernels take ``x``: a dtype they have, rows they can index, and NVRTC is at hand."""
+    n, c, _, w = x.shape
+    return x.dtype in DTYPES and x.numel() > 0 and n <= _GRID_LIMIT and c * w < 2**27 and usable_or_warn()
+
+
+def _float(vector: Tensor | None) -> Tensor | None:
+    if vector is None or (vector.dtype == torch.float32 and vector.is_contiguous()):
+        return vector
+    return vector.to(torch.float32).contiguous()
+
+
+def apply(
+    x: Tensor,
+    norm: Norm,
+    residual: Tensor | None,
+    upsample: int,
+    padding: Sequence[int],
+    padding_mode: str,
+    channels_last: bool,
+    keep: bool = False,
+    keep_channels_last: bool | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """pad(upsample_nearest(act(norm(x)) + residual)) in the asked layout; if ``keep``, what was padded too.
+
+    ``x`` and ``residual`` are (N, C, H, W) of any strides in one dtype of ``DTYPES``; ``padding`` is left,
+    right, top, bottom, already checked. Returns fresh tensors. The caller has asked ``usable``.
+    """
+    n, c, h, w = x.shape
+    left, right, top, bottom = padding
+    out_h, out_w = h * upsample + top + bottom, w * upsample + left + right
+    out = empty((n, c, out_h, out_w), x, channels_last)
+    if not keep or keep_channels_last is None:
+        keep_channels_last = channels_last
+    kept = empty(x.shape, x, keep_channels_last) if keep else None
+    if out.numel() == 0:
+        return out, kept
+    weight, bias, mean, variance = norm.weight, norm.bias, _float(norm.mean), _float(norm.variance)
+    parameter = parameter_dtype(x.dtype, weight, bias)
+    if parameter is None:
+        weight, bias, parameter = _float(weight), _float(bias), DTYPES[torch.float32]
+    moves = upsample > 1 or any(padding)
+    inputs = [t for t in (x, residual) if t is not None]
+    if channels_last and keep_channels_last and all(is_channels_last(t) for t in inputs):
+        layout, width = CHANNELS_LAST, vector_width(c, *inputs, out, kept)
+    elif not channels_last and not (keep and keep_channels_last) and all(t.is_contiguous() for t in inputs):
+        layout, width = CONTIGUOUS, 1 if moves else vector_width(h * w, *inputs, out, kept)
+    else:
+        layout, width = STRIDED, 1
+    pad = PADS[padding_mode] if any(padding) else 0
+    factor = upsample if upsample in _FACTORS else 0
+    variant = Variant(layout, DTYPES[x.dtype], parameter, width, factor, pad)
+    kernel = _kernel(x.device.index, variant)
+    arguments = (
+        pointer(x), pointer(residual), pointer(out), pointer(kept), pointer(mean), pointer(variance),
+        pointer(weight), pointer(bias), norm.eps, LOWER[norm.activation],
+        c if mean is not None and mean.dim() == 2 else 0, c, h, w, upsample, top, left, out_h, out_w,
+    )  # fmt: skip
+    if layout == CHANNELS_LAST:
+        groups = c // width
+        lanes, chunks = min(groups, _THREADS), -(-groups // _THREADS)
+        segments, segment = _row_segments(x.device.index, n * chunks, out_h, out_w, _THREADS // lanes)
+        blocks = min(out_h * segments, max(1, multiprocessors(x.device.index) * _RESIDENT // (n * chunks)))
+        kernel.launch((blocks, n, chunks), _THREADS, 0, (*arguments, lanes, segments, segment))
+    elif layout == CONTIGUOUS:
+        blocks = out_h if moves else -(-(h * w) // (_THREADS * _UNROLL * width))
+        kernel.launch((blocks, min(n * c, _GRID_LIMIT), 1), _THREADS, 0, (*arguments, n * c))
+    else:
+        add = residual.stride() if residual is not None else (0, 0, 0, 0)
+        kernel.launch(
+            (out_h, n, 1), _THREADS, 0,
+            (*arguments, int(channels_last), int(keep_channels_last), *x.stride(), *add),
+        )  # fmt: skip
+    return out, kept
+
+
+def _row_segments(index: int, images: int, rows: int, width: int, columns: int) -> tuple[int, int]:
+    """How many segments a row is cut into, and their length: enough blocks to fill the GPU."""
+    wanted = -(-multiprocessors(index) * _RESIDENT // (images * rows))
+    segments = max(1, min(wanted, width // (columns * _UNROLL)))
+    length = -(-width // segments)
+    return -(-width // length), length
+
+
+def normalize(
+    input: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    residual: Tensor | None,
+    channels_last: bool,
+) -> Tensor:
+    """``styleforge::normalize`` on a GPU."""
+    if not usable(input):
+        out = reference.normalize(input, mean, variance, weight, bias, eps, activation, residual)
+        return reference.layout(out, channels_last)
+    norm = Norm(mean, variance, weight, bias, eps, activation)
+    return apply(input, norm, residual, 1, (0, 0, 0, 0), "zeros", channels_last)[0]

@@ -1,0 +1,119 @@
+"""How csrc/slab.cuh cuts a picture into slabs, and the memory that its blocks meet in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sf_compile.cuda.layout import DTYPES, is_channels_last, multiprocessors, vector_width, vector_widths
+
+STEP = 2  # vectors that a thread moves at a time
+AHEAD = 3  # steps that a thread has on their way into shared memory
+_MOMENTS_BYTES = 12
+_ACCESS_BYTES = 16  # a group is up to 4 accesses of one pixel: whole sectors of DRAM, and few slices meet
+_COUNTERS = 512
+_SPARE_SETS = 1024
+
+
+class SlabVariant(NamedTuple):
+    """The compile-time constants that a slab kernel takes from the picture."""
+
+    dtype: int
+    channels_last: bool
+    vector: int
+    lanes: int
+
+
+class Slabs(NamedTuple):
+    """A picture cut for one launch: ``groups`` of channels by ``slices`` of pixels."""
+
+    variant: SlabVariant
+    groups: int
+    slices: int
+
+
+def slab_variants() -> Iterator[SlabVariant]:
+    """Every ``SlabVariant`` that ``cut`` returns."""
+    for dtype in DTYPES.values():
+        widths = vector_widths(dtype)
+        for vector in widths:
+            yield SlabVariant(dtype, False, vector, 1)
+            for lanes in (1, 2, 4) if vector == widths[-1] else (1,):
+                yield SlabVariant(dtype, True, vector, lanes)
+
+
+def cut(x: Tensor, threads: int, resident: int, *others: Tensor | None) -> Slabs:
+    """Cut ``x`` (N, C, H, W), dense in one of the two layouts; ``others`` are accessed alongside it.
+
+    ``threads`` is the size of a block, ``resident`` how many of them a multiprocessor holds: slices are made
+    only while groups leave room for more blocks.
+    """
+    n, c, h, w = x.shape
+    pixels = h * w
+    channels_last = is_channels_last(x) and not x.is_contiguous()
+    vector = vector_width(c if channels_last else pixels, x, *others)
+    lanes, groups = 1, n * c
+    if channels_last:
+        # An access narrower than 16 bytes means an odd number of them a pixel: nothing to pair up.
+        if vector * x.element_size() == _ACCESS_BYTES:
+            lanes = next(k for k in (4, 2, 1) if c % (k * vector) == 0)
+        groups = n * c // (lanes * vector)
+    steps = pixels if channels_last else pixels // vector
+    most = -(-steps * lanes // (threads * STEP))  # a slice has a step for every thread
+    slices = max(1, min(multiprocessors(x.device.index) * resident // groups, most))
+    return Slabs(SlabVariant(DTYPES[x.dtype], channels_last, vector, lanes), groups, slices)
+
+
+def published(x: Tensor, slabs: Slabs) -> Tensor | None:
+    """Room for every slab's moments; None where a group is one slab."""
+    if slabs.slices == 1:
+        return None
+    variant = slabs.variant
+    channels = slabs.groups * (variant.lanes * variant.vector if variant.channels_last else 1)
+    return torch.empty(channels * slabs.slices * _MOMENTS_BYTES, dtype=torch.uint8, device=x.device)
+
+
+_of_stream: dict[tuple[int, int], Tensor] = {}
+_spare: dict[int, Iterator[Tensor]] = {}
+
+
+def tickets(x: Tensor, slabs: Slabs) -> int:
+    """The address of the counters from which csrc/statistics.cu draws; 0 where a group is one slab."""
+    counters = _counters(x, slabs)
+    return 0 if counters is None else counters.data_ptr()
+
+
+def arrivals(x: Tensor, slabs: Slabs) -> int:
+    """The address of the counters on which csrc/instance_norm.cu waits, which are counted otherwise."""
+    counters = _counters(x, slabs)
+    return 0 if counters is None else counters.data_ptr() + 4 * _COUNTERS
+
+
+def _counters(x: Tensor, slabs: Slabs) -> Tensor | None:
+    """Two rows of counters, one a group, on which its slices meet; None where a group is one slab.
+
+    The kernels leave them ready for the next launch on the same stream. A launch that is captured into a CUDA
+    graph gets a set of its own, never used by another, because graphs may be replayed side by side.
+    """
+    if slabs.slices == 1:
+        return None
+    index = x.device.index
+    if torch.cuda.is_current_stream_capturing():
+        spare = _spare.get(index)
+        counters = next(spare, None) if spare is not None else None
+        # Zeroed inside the graph, one more node in it, where no zeroed set is left.
+        if counters is not None:
+            return counters
+        return torch.zeros((2, _COUNTERS), dtype=torch.int32, device=x.device)
+    key = (index, torch._C._cuda_getCurrentRawStream(index))
+    found = _of_stream.get(key)
+    if found is None:
+        found = _of_stream[key] = torch.zeros((2, _COUNTERS), dtype=torch.int32, device=x.device)
+        if index not in _spare:
+            sets = torch.zeros((_SPARE_SETS, 2, _COUNTERS), dtype=torch.int32, device=x.device)
+            torch.cuda.current_stream(index).synchronize()  # once: another stream may take the first set
+            _spare[index] = iter(sets)
+    return found

@@ -1,0 +1,213 @@
+"""Stage 2: find the sites. Read-only: looks at a normalised graph, returns what it saw.
+
+    upsample -> pad -> conv -> norm -> relu -> add  =>  Match("upsample+pad+conv+norm+relu+add")
+
+A chain is followed only through tensors with a single reader; it ends where another reader needs
+the tensor, and the step that could not be taken is reported with that reason.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from sf_compile.graph import patterns, spelling
+from sf_compile.graph.normalize import NormalizedGraph
+from sf_compile.graph.patterns import Add, Conv, Miss, Norm, Pad, Relu, Step, Upsample
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Match:
+    """One site: the steps of a chain, in the order they run. At least ``conv`` or ``norm`` is there."""
+
+    upsample: Upsample | None = None
+    pad: Pad | None = None
+    conv: Conv | None = None
+    norm: Norm | None = None
+    relu: Relu | None = None
+    add: Add | None = None
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps that are present, first to last."""
+        every = (self.upsample, self.pad, self.conv, self.norm, self.relu, self.add)
+        return tuple(step for step in every if step is not None)
+
+    @property
+    def pattern(self) -> str:
+        """The site's kind, spelled like ``upsample+pad+conv+norm+relu``."""
+        return "+".join(type(step).__name__.lower() for step in self.steps)
+
+    @property
+    def input(self) -> fx.Node:
+        """The tensor that enters the chain."""
+        return self.steps[0].input
+
+    @property
+    def output(self) -> fx.Node:
+        """The node whose value leaves the chain."""
+        return self.steps[-1].node
+
+    @property
+    def anchor(self) -> fx.Node:
+        """The convolution, or the norm of a site without one."""
+        step = self.conv or self.norm
+        assert step is not None
+        return step.node
+
+    def __repr__(self) -> str:
+        return f"{self.pattern}[{' '.join(step.node.name for step in self.steps)}]"
+
+
+@dataclass(frozen=True)
+class Matches:
+    """All sites of a graph in graph order, and every near miss with its reason."""
+
+    sites: tuple[Match, ...]
+    misses: tuple[Miss, ...]
+
+
+def match(graph: NormalizedGraph) -> Matches:
+    """Find every site of ``graph``; no node belongs to two."""
+    finder = _Finder(graph)
+    for node in graph.graph.nodes:
+        if node.target in patterns.CONVOLUTIONS:
+            finder.visit(node, patterns.CONVOLUTIONS[node.target])
+    for node in graph.graph.nodes:
+        if node.target in patterns.NORMS and node not in finder.taken:
+            finder.visit(node, patterns.NORMS[node.target])
+    sites = sorted(finder.sites, key=lambda site: finder.order[site.anchor])
+    finder.report_leftovers()
+    for site in sites:
+        log.debug("match: %s", site)
+    for miss in finder.misses.values():
+        log.debug("left alone: %s: %s", miss.node, miss.reason)
+    return Matches(tuple(sites), tuple(finder.misses.values()))
+
+
+class _Finder:
+    def __init__(self, graph: NormalizedGraph) -> None:
+        self.graph = graph
+        self.order = {node: i for i, node in enumerate(graph.graph.nodes)}
+        self.taken: set[fx.Node] = set()
+        self.sites: list[Match] = []
+        self.misses: dict[str, Miss] = {}
+
+    def miss(self, miss: Miss) -> None:
+        """Keep the first reason given for a node."""
+        self.misses.setdefault(miss.node, miss)
+
+    def visit(self, node: fx.Node, rule: Any) -> None:
+        """Grow a site around ``node``, and take it if it may and should be fused."""
+        step = rule(node)
+        if isinstance(step, Miss):
+            self.miss(step)
+            return
+        site = self.forward(Match(norm=step)) if isinstance(step, Norm) else self.around(step)
+        reason = self.refusal(site)
+        if reason is not None:
+            self.miss(Miss(node.name, reason))
+            return
+        self.sites.append(site)
+        self.taken.update(step.node for step in site.steps)
+
+    def around(self, conv: Conv) -> Match:
+        """The site of a convolution: backwards through pad and upsample, then forwards."""
+        site = Match(conv=conv)
+        input = conv.input
+        if input.target is spelling.PAD and self.single_reader(input, conv.node):
+            pad = patterns.pad(input)
+            if isinstance(pad, Miss):
+                self.miss(pad)
+            elif any(conv.padding) and any(pad.padding) and pad.mode != "zeros":
+                self.miss(Miss(input.name, f"{pad.mode} padding in front of the convolution's own zeros"))
+            else:
+                site, input = replace(site, pad=pad), pad.input
+        if input.target is spelling.INTERPOLATE and self.single_reader(input, site.steps[0].node):
+            upsample = patterns.upsample(input)
+            if isinstance(upsample, Miss):
+                self.miss(upsample)
+            else:
+                site = replace(site, upsample=upsample)
+        return self.forward(site)
+
+    def forward(self, site: Match) -> Match:
+        """Follow the chain from the site's end: norm, then relu, then add."""
+        node = self.next(site)
+        if node is not None and site.norm is None and node.target in patterns.NORMS:
+            norm = patterns.NORMS[node.target](node)
+            if isinstance(norm, Miss):
+                self.miss(norm)
+                return site
+            site = replace(site, norm=norm)
+            node = self.next(site)
+        if node is not None and node.target is spelling.RELU:
+            relu = patterns.relu(node)
+            if isinstance(relu, Relu):
+                site = replace(site, relu=relu)
+                node = self.next(site)
+        if node is not None and node.target is spelling.ADD and node not in self.taken:
+            add = patterns.add(node, site.output)
+            if isinstance(add, Miss):
+                self.miss(add)
+            elif self.available(add.residual, site):
+                site = replace(site, add=add)
+        return site
+
+    def next(self, site: Match) -> fx.Node | None:
+        """The only reader of the site's output, or None."""
+        readers = list(site.output.users)
+        return readers[0] if len(readers) == 1 else None
+
+    def available(self, residual: fx.Node, site: Match) -> bool:
+        """Whether ``residual`` is there without the site having run (it may be another site's output)."""
+        return residual not in {step.node for step in site.steps}
+
+    def single_reader(self, node: fx.Node, reader: fx.Node) -> bool:
+        """Whether only ``reader`` reads ``node``; if not, say who else does."""
+        others = [user.name for user in node.users if user is not reader]
+        if others or node in self.taken:
+            self.miss(Miss(node.name, f"also read by {', '.join(others) or 'another site'}"))
+            return False
+        return True
+
+    def refusal(self, site: Match) -> str | None:
+        """Why a well-formed site must not, or need not, be fused; None if it should be."""
+        inside = [step.node.name for step in site.steps if step.node.name in self.graph.autocast]
+        if inside:
+            return f"autocast region around {inside[0]}"
+        if torch.is_autocast_enabled(patterns.value_of(site.output).device.type):
+            return "autocast is active"
+        if (barrier := self.barrier(site)) is not None:
+            return f"{barrier} writes in place, or switches a mode, inside the chain"
+        padding = site.pad is not None and any(site.pad.padding)
+        if site.norm is None and site.upsample is None and not padding:
+            return "a convolution with nothing around it that fusion saves"
+        return None
+
+    def barrier(self, site: Match) -> str | None:
+        """A barrier strictly between the site's first and last node."""
+        first, last = self.order[site.steps[0].node], self.order[site.output]
+        return next((b.name for b in self.graph.barriers if first < self.order[b] < last), None)
+
+    def report_leftovers(self) -> None:
+        """Say of each unfused pad and upsample why it stayed."""
+        for node in self.graph.graph.nodes:
+            if node in self.taken or node.name in self.misses:
+                continue
+            step: Step | Miss | None = None
+            if node.target is spelling.PAD:
+                step = patterns.pad(node)
+            elif node.target is spelling.INTERPOLATE:
+                step = patterns.upsample(node)
+            if isinstance(step, Miss):
+                self.miss(step)
+            elif step is not None:
+                self.miss(Miss(node.name, "its reader is not a convolution that is fused"))
+

@@ -1,0 +1,194 @@
+"""Stage 1: a copy of Dynamo's graph in the canonical spelling.
+
+The copy computes exactly what the original does. In-place operations become out-of-place ones
+where that cannot be seen: the tensor written to was made inside the graph by an operation that
+returns a tensor of its own, and nothing that ran before could be a view of it. Later readers of
+the overwritten tensor then read the new one. Every other in-place operation stays as it is, and
+``barriers`` lists it: no fused operation may reach across a barrier.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from sf_compile.graph.spelling import ADD, FRESH, Spelling, canonical
+
+log = logging.getLogger(__name__)
+
+_INPLACE_NAMES = (
+    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor",
+    "ilshift", "irshift", "iconcat",
+)  # fmt: skip
+_INPLACE_OPERATORS = frozenset(getattr(operator, name) for name in _INPLACE_NAMES) | {
+    operator.setitem,
+    operator.delitem,
+}
+_ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+_EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+_SET_GRAD = torch._C._set_grad_enabled
+
+
+@dataclass(frozen=True)
+class NormalizedGraph:
+    """A canonical copy of a graph module, with what the matcher must respect.
+
+    Attributes:
+        module: The copy.
+        barriers: Nodes that write into a tensor or switch a mode, in graph order.
+        autocast: Names of the nodes inside an autocast region.
+    """
+
+    module: fx.GraphModule
+    barriers: tuple[fx.Node, ...]
+    autocast: frozenset[str]
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The copy's graph."""
+        return self.module.graph
+
+
+def value_of(node: Any) -> Any:
+    """The fake tensor (or symbolic number) that Dynamo recorded for ``node``; None if it has none."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def same_shape(a: Any, b: Any) -> bool:
+    """Whether two tensors surely have one shape, without adding a guard on a symbolic size."""
+    return len(a.shape) == len(b.shape) and all(
+        statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True)
+    )
+
+
+def normalize(gm: fx.GraphModule, example_inputs: list[Any] | None = None) -> NormalizedGraph:
+    """Copy ``gm`` into the canonical spelling; ``gm`` itself is not changed.
+
+    Args:
+        gm: A graph of call_function and call_method nodes, as Dynamo makes them.
+        example_inputs: Real or fake inputs, needed only where nodes carry no ``example_value``.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output: Any = graph.graph_copy(gm.graph, copies, return_output_node=True)
+    if output is not None:
+        value, original_output = output
+        graph.output(value).meta.update(original_output.meta)
+    copy = fx.GraphModule(gm, graph)
+    _record_values(copy, example_inputs)
+    for node in list(graph.nodes):
+        spelling = canonical(node)
+        if spelling is None or not _is_tensor_operation(node, spelling):
+            continue
+        if spelling.inplace and not _make_functional(node, spelling):
+            continue
+        _respell(node, spelling)
+    graph.lint()
+    copy.recompile()
+    return NormalizedGraph(copy, _barriers(graph), _autocast_regions(graph))
+
+
+def _record_values(copy: fx.GraphModule, example_inputs: list[Any] | None) -> None:
+    """Fill in ``example_value`` for graphs that were not made by Dynamo."""
+    calls = [node for node in copy.graph.nodes if node.op in ("call_function", "call_method", "placeholder")]
+    if all("example_value" in node.meta for node in calls) or example_inputs is None:
+        return
+    FakeTensorProp(copy).propagate(*example_inputs)
+    for node in copy.graph.nodes:
+        if "example_value" not in node.meta and "val" in node.meta:
+            node.meta["example_value"] = node.meta["val"]
+
+
+def _is_tensor_operation(node: fx.Node, spelling: Spelling) -> bool:
+    """``operator.add`` also adds numbers, and broadcasts or promotes: only equal tensors are an ``add``."""
+    out, first = value_of(node), value_of(spelling.args[0])
+    if not isinstance(out, torch.Tensor) or not isinstance(first, torch.Tensor):
+        return False
+    if spelling.target is not ADD:
+        return True
+    second = value_of(spelling.args[1])
+    return (
+        isinstance(second, torch.Tensor)
+        and first.dtype == second.dtype == out.dtype
+        and first.device == second.device
+        and same_shape(first, second)
+    )
+
+
+def _make_functional(node: fx.Node, spelling: Spelling) -> bool:
+    """Redirect later readers of the tensor that ``node`` overwrites to its result, if nobody can tell."""
+    base = spelling.args[0]
+    if base.op != "call_function" or base.target not in FRESH:
+        log.debug("in-place %s kept: %s may be seen outside the graph or through a view", node, base)
+        return False
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    earlier = [user for user in base.users if order[user] < order[node]]
+    if any(user.target not in FRESH for user in earlier):
+        log.debug("in-place %s kept: an earlier reader of %s may be a view of it", node, base)
+        return False
+    base.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])
+    return True
+
+
+def _respell(node: fx.Node, spelling: Spelling) -> None:
+    if (node.op, node.target, node.args) == ("call_function", spelling.target, spelling.args):
+        return
+    node.op, node.target = "call_function", spelling.target
+    node.args, node.kwargs = spelling.args, {}
+
+
+def _barriers(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    return tuple(node for node in graph.nodes if writes(node) or node.target in (_ENTER_AUTOCAST, _SET_GRAD))
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether ``node`` may write into one of its arguments, by PyTorch's naming rules and schemas."""
+    if node.op == "call_method":
+        name = str(node.target)
+        dunder = name.startswith("__") and name.endswith("__")
+        if dunder:
+            return name in ("__setitem__", "__delitem__") or name[2:-2] in _INPLACE_NAMES
+        return name.endswith("_")
+    if node.op != "call_function":
+        return node.op == "call_module"
+    target: Any = node.target
+    if target in _INPLACE_OPERATORS or node.kwargs.get("out") is not None:
+        return True
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    name = getattr(target, "__name__", "")
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    return _inplace_argument(node)
+
+
+def _inplace_argument(node: fx.Node) -> bool:
+    """``F.leaky_relu(x, 0.2, True)``: the value bound to a parameter called ``inplace``."""
+    if not inspect.isfunction(node.target):
+        return bool(node.kwargs.get("inplace", False))
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    except (TypeError, ValueError):
+        return False
+    return bool(bound.arguments.get("inplace", False))
+
+
+def _autocast_regions(graph: fx.Graph) -> frozenset[str]:
+    inside: set[str] = set()
+    depth = 0
+    for node in graph.nodes:
+        if node.target is _ENTER_AUTOCAST:
+            depth += 1
+        elif node.target is _EXIT_AUTOCAST:
+            depth -= 1
+        elif depth:
+            inside.add(node.name)
+    return frozenset(inside)

@@ -1,0 +1,241 @@
+"""What the matcher looks for, one rule an operation.
+
+A site is a chain of single-reader steps around one convolution or norm:
+
+    [upsample] -> [pad] -> conv -> [norm] -> [relu] -> [add]        or        norm -> [relu] -> [add]
+
+Each rule below reads one canonical node and returns its step, or a ``Miss`` that says why this
+node is left alone. Rules look at constants and at the fake tensors that Dynamo recorded; they
+never turn a symbolic size into a number, so they add no guard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from sf_compile.graph import spelling
+from sf_compile.graph.normalize import value_of
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DEVICES = ("cpu", "cuda")
+# Beyond 8, floor(i * (1 / factor)) in float32 has not been shown to equal i // factor.
+UPSAMPLE_FACTORS = (2, 3, 4, 5, 6, 7, 8)
+PADDING_MODES = {"reflect": "reflect", "replicate": "replicate", "constant": "zeros"}
+
+
+@dataclass(frozen=True)
+class Miss:
+    """``node`` is left as it is, because of ``reason``."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One recognised operation: its node and its first input."""
+
+    node: fx.Node
+    input: fx.Node
+
+
+@dataclass(frozen=True)
+class Upsample(Step):
+    """Nearest upsampling by a whole number in both directions."""
+
+    factor: int
+
+
+@dataclass(frozen=True)
+class Pad(Step):
+    """Padding by (left, right, top, bottom) pixels of the last two dimensions."""
+
+    padding: tuple[int, int, int, int]
+    mode: str
+
+
+@dataclass(frozen=True)
+class Conv(Step):
+    """A dense 2-D convolution; ``padding`` (height, width) is its own, of zeros."""
+
+    weight: fx.Node
+    bias: fx.Node | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Norm(Step):
+    """An instance norm, or (``mean`` and ``variance`` given) a norm with running statistics."""
+
+    mean: fx.Node | None
+    variance: fx.Node | None
+    weight: fx.Node | None
+    bias: fx.Node | None
+    eps: Any
+
+
+@dataclass(frozen=True)
+class Relu(Step):
+    """max(x, 0)."""
+
+
+@dataclass(frozen=True)
+class Add(Step):
+    """The addition of two equal-shaped tensors; ``residual`` is the one that is not ``input``."""
+
+    residual: fx.Node
+
+
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments of a canonical node, in the order that ``spelling`` documents."""
+    return node.args
+
+
+def _image(node: fx.Node, what: str) -> Miss | None:
+    """Why the output of ``node`` is not a picture that the ops take; None if it is one."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return Miss(node.name, f"{what} without a recorded shape")
+    if value.dim() != 4:
+        return Miss(node.name, f"{what} of a {value.dim()}-dimensional tensor, not (N, C, H, W)")
+    if value.dtype not in DTYPES:
+        return Miss(node.name, f"{what} in {value.dtype}")
+    if value.device.type not in DEVICES:
+        return Miss(node.name, f"{what} on device {value.device.type!r}")
+    if value.layout != torch.strided:
+        return Miss(node.name, f"{what} of a {value.layout} tensor")
+    return None
+
+
+def upsample(node: fx.Node) -> Upsample | Miss:
+    """F.interpolate, nearest, by a whole number of 2 to 8, the same in both directions."""
+    input, _, _, mode, _, recompute, antialias = _arguments(node)
+    if mode != "nearest":
+        return Miss(node.name, f"upsampling mode {mode!r}: only nearest is an index map")
+    if recompute or antialias:
+        return Miss(node.name, "upsampling with recompute_scale_factor or antialias")
+    if (miss := _image(node, "upsampling")) is not None:
+        return miss
+    assert isinstance(input, fx.Node)
+    small, large = value_of(input), value_of(node)
+    for factor in UPSAMPLE_FACTORS:
+        if all(statically_known_true(large.shape[i] == factor * small.shape[i]) for i in (2, 3)):
+            return Upsample(node, input, factor)
+    return Miss(node.name, "upsampling by a scale that is not one whole number of 2 to 8")
+
+
+def pad(node: fx.Node) -> Pad | Miss:
+    """Reflect, replicate or zero padding of the last two dimensions by constant sizes."""
+    input, padding, mode, value = _arguments(node)
+    if mode not in PADDING_MODES:
+        return Miss(node.name, f"padding mode {mode!r}")
+    if mode == "constant" and value not in (None, 0, 0.0):
+        return Miss(node.name, f"padding with the value {value}")
+    if not isinstance(padding, tuple) or not all(isinstance(size, int) for size in padding):
+        return Miss(node.name, "padding by sizes that are not constants")
+    if len(padding) == 2:
+        padding = (*padding, 0, 0)
+    if len(padding) != 4:
+        return Miss(node.name, f"padding of {len(padding) // 2} dimensions")
+    if min(padding) < 0:
+        return Miss(node.name, "negative padding, a crop")
+    if (miss := _image(node, "padding")) is not None:
+        return miss
+    assert isinstance(input, fx.Node)
+    left, right, top, bottom = padding
+    return Pad(node, input, (left, right, top, bottom), PADDING_MODES[str(mode)])
+
+
+def conv(node: fx.Node) -> Conv | Miss:
+    """torch.conv2d of one dtype, ungrouped and undilated, with constant stride and padding."""
+    input, weight, bias, stride, padding, dilation, groups = _arguments(node)
+    if groups != 1:
+        return Miss(node.name, f"grouped convolution (groups={groups})")
+    if dilation != (1, 1):
+        return Miss(node.name, f"dilated convolution (dilation={dilation})")
+    if not _constant_pair(stride):
+        return Miss(node.name, f"stride {stride} is not a constant")
+    if (miss := _image(node, "convolution")) is not None:
+        return miss
+    assert isinstance(input, fx.Node)
+    if not isinstance(weight, fx.Node):
+        return Miss(node.name, "convolution without a weight in the graph")
+    if not all(isinstance(value_of(n), torch.Tensor) for n in (input, weight, bias) if n is not None):
+        return Miss(node.name, "convolution of something without a recorded shape")
+    dtypes = {value_of(n).dtype for n in (node, input, weight, bias) if n is not None}
+    if len(dtypes) > 1:
+        mixed = ", ".join(sorted(map(str, dtypes)))
+        return Miss(node.name, f"convolution that mixes dtypes (autocast?): {mixed}")
+    kernel = value_of(weight).shape[2:]
+    if padding == "valid":
+        padding = (0, 0)
+    elif padding == "same":
+        if not all(isinstance(k, int) and k % 2 for k in kernel):
+            return Miss(node.name, "'same' padding of an even kernel")
+        padding = tuple(k // 2 for k in kernel)
+    if not _constant_pair(padding):
+        return Miss(node.name, f"padding {padding} is not a constant")
+    return Conv(node, input, weight, bias, stride, padding)
+
+
+def _constant_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, int) for v in value)
+
+
+def instance_norm(node: fx.Node) -> Norm | Miss:
+    """F.instance_norm: by the picture's own statistics, or by running ones as the model asked."""
+    input, mean, variance, weight, bias, use_input_stats, _, eps = _arguments(node)
+    if not isinstance(use_input_stats, bool):
+        return Miss(node.name, "instance norm whose use_input_stats is not a constant")
+    if use_input_stats and mean is not None:
+        return Miss(node.name, "instance norm in training updates its running statistics")
+    return _norm(node, input, mean, variance, weight, bias, eps, "instance norm")
+
+
+def batch_norm(node: fx.Node) -> Norm | Miss:
+    """F.batch_norm in eval: an affine by its running statistics."""
+    input, mean, variance, weight, bias, training, _, eps = _arguments(node)
+    if training is not False or mean is None:
+        return Miss(node.name, "batch norm in training takes its statistics from the batch")
+    return _norm(node, input, mean, variance, weight, bias, eps, "batch norm")
+
+
+def _norm(
+    node: fx.Node, input: Any, mean: Any, variance: Any, weight: Any, bias: Any, eps: Any, what: str
+) -> Norm | Miss:
+    if (miss := _image(node, what)) is not None:
+        return miss
+    if value_of(node).dtype != value_of(input).dtype:
+        return Miss(node.name, f"{what} that changes the dtype")
+    return Norm(node, input, mean, variance, weight, bias, eps)
+
+
+def relu(node: fx.Node) -> Relu | Miss:
+    """torch.relu."""
+    (input,) = _arguments(node)
+    assert isinstance(input, fx.Node)
+    return Relu(node, input)
+
+
+def add(node: fx.Node, branch: fx.Node) -> Add | Miss:
+    """torch.add of ``branch`` and another tensor, in either order."""
+    first, second = _arguments(node)
+    if first is second:
+        return Miss(node.name, "adds a tensor to itself")
+    other = second if first is branch else first
+    assert isinstance(other, fx.Node)
+    return Add(node, branch, other)
+
+
+CONVOLUTIONS: dict[Any, Callable[[fx.Node], Conv | Miss]] = {spelling.CONV2D: conv}
+NORMS: dict[Any, Callable[[fx.Node], Norm | Miss]] = {
+    spelling.INSTANCE_NORM: instance_norm,
+    spelling.BATCH_NORM: batch_norm,
+}

@@ -1,0 +1,209 @@
+"""Stage 3: decide, for every site, which op runs it, in which layout, and where its norm happens.
+
+A site's norm, activation and addition are its *finish*. Where the finished tensor is read by
+another fused convolution, the finish is deferred: that convolution applies it on the way in, and
+the normalised tensor is not written on its own. Other readers of it (the skip path of a residual
+block) then read the copy that the convolution keeps. Everywhere else the finish is an op of its own.
+
+The plan is pure data, and ``str(plan)`` is a table of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from sf_compile.graph.match import Match, Matches
+from sf_compile.graph.normalize import NormalizedGraph, value_of
+from sf_compile.options import Options
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How one site runs.
+
+    Attributes:
+        site: What is replaced.
+        op: The op that runs the site's anchor.
+        finish: ``"none"`` (nothing to finish), ``"here"`` (by an op at the site's end), or
+            ``"deferred"`` (on the way into ``deferred_to``).
+        deferred_to: Index in the plan of the site that applies the finish; None unless deferred.
+        keep: Whether the site that applies the finish also returns the finished tensor.
+        channels_last: Layout of the site's raw output, and of its finished tensor.
+        drop_bias: The convolution's bias is left out: the instance norm after it removes it.
+        why: The reason for ``finish``, for a person.
+    """
+
+    site: Match
+    op: str
+    finish: str
+    deferred_to: int | None
+    keep: bool
+    channels_last: bool
+    drop_bias: bool
+    why: str
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "contiguous"
+        return f"{self.site.anchor.name:<16} {self.site.pattern:<32} {self.op:<28} {layout:<14} {self.why}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One decision a site, in graph order."""
+
+    decisions: tuple[Decision, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(str(decision) for decision in self.decisions) or "(nothing to fuse)"
+
+
+def plan(graph: NormalizedGraph, matches: Matches, options: Options) -> Plan:
+    """Decide about every match of ``graph``; pure."""
+    planner = _Planner(graph, matches.sites, options)
+    decisions = tuple(planner.decide(i) for i in range(len(matches.sites)))
+    for decision in decisions:
+        log.debug("plan: %s", decision)
+    return Plan(decisions)
+
+
+def layout_of(node: fx.Node) -> bool:
+    """Whether eager PyTorch returns this node's value in channels_last."""
+    value = value_of(node)
+    if statically_known_true(value.stride(3) == 1):
+        return False
+    return statically_known_true(value.stride(1) == 1)
+
+
+def prefers_channels_last(value: torch.Tensor, options: Options) -> bool:
+    """The layout of a tensor that only fused ops see.
+
+    Convolutions on tensor cores (16-bit, TF32) and oneDNN's on a CPU run in channels_last. Strict
+    float32 convolutions on a GPU, and float64, gain nothing from it.
+    """
+    if options.layout != "auto":
+        return options.layout == "channels_last"
+    if value.dtype in (torch.float16, torch.bfloat16):
+        return True
+    return value.dtype == torch.float32 and (value.device.type == "cpu" or _tf32_convolutions())
+
+
+def _tf32_convolutions() -> bool:
+    """Whether PyTorch's own switch lets float32 convolutions use TF32."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+class _Planner:
+    def __init__(self, graph: NormalizedGraph, sites: Sequence[Match], options: Options) -> None:
+        self.graph = graph
+        self.sites = sites
+        self.options = options
+        self.order = {node: i for i, node in enumerate(graph.graph.nodes)}
+        self.by_input: dict[fx.Node, list[int]] = {}
+        self.inside: dict[fx.Node, int] = {}
+        for i, site in enumerate(sites):
+            if site.conv is not None:
+                self.by_input.setdefault(site.input, []).append(i)
+            self.inside.update((step.node, i) for step in site.steps)
+
+    def decide(self, index: int) -> Decision:
+        """The decision about one site."""
+        site = self.sites[index]
+        draft = Decision(
+            site=site,
+            op=self.op(site),
+            finish="none",
+            deferred_to=None,
+            keep=False,
+            channels_last=self.layout(site),
+            drop_bias=self.drops_bias(site),
+            why="its output is the convolution's own",
+        )
+        if site.norm is None and site.add is None:
+            return draft
+        consumer, why = self.consumer(site)
+        if consumer is None:
+            return replace(draft, finish="here", why=why)
+        keep = len(site.output.users) > 1
+        if site.conv is None:
+            draft = replace(draft, op=self.statistics_op(site))
+        return replace(draft, finish="deferred", deferred_to=consumer, keep=keep, why=why)
+
+    def op(self, site: Match) -> str:
+        """The op of the anchor when the finish is not deferred."""
+        if site.conv is not None:
+            return "styleforge::conv2d"
+        assert site.norm is not None
+        return "styleforge::instance_norm" if site.norm.mean is None else "styleforge::normalize"
+
+    def statistics_op(self, site: Match) -> str:
+        """The op of a norm without a convolution, whose finish is deferred."""
+        assert site.norm is not None
+        return "styleforge::instance_statistics" if site.norm.mean is None else "(running statistics)"
+
+    def drops_bias(self, site: Match) -> bool:
+        """A bias before an instance norm has no effect; training still wants its (zero) gradient."""
+        if site.conv is None or site.conv.bias is None or site.norm is None or site.norm.mean is not None:
+            return False
+        return not (torch.is_grad_enabled() and value_of(site.conv.bias).requires_grad)
+
+    def layout(self, site: Match) -> bool:
+        """The layout of the site's output: the model's own where anything else reads it."""
+        output = site.output
+        if output.users and all(self.reads_any_layout(user, output) for user in output.users):
+            return prefers_channels_last(value_of(site.anchor), self.options)
+        return layout_of(output)
+
+    def reads_any_layout(self, user: fx.Node, node: fx.Node) -> bool:
+        """Whether ``user`` is the first step of a fused convolution, or a fused addition, of ``node``."""
+        index = self.inside.get(user)
+        if index is None:
+            return False
+        site = self.sites[index]
+        first_of_conv = site.conv is not None and user is site.steps[0].node and site.input is node
+        return first_of_conv or (site.add is not None and user is site.add.node)
+
+    def consumer(self, site: Match) -> tuple[int | None, str]:
+        """The site that can apply this one's finish, and why, or why there is none."""
+        readers = sorted(site.output.users, key=self.order.__getitem__)
+        candidates = [i for i in self.by_input.get(site.output, ()) if self.sites[i] is not site]
+        if not candidates:
+            return None, "normalised at its end: no fused convolution reads it"
+        index = min(candidates, key=lambda i: self.order[self.sites[i].anchor])
+        consumer = self.sites[index]
+        anchor = self.order[consumer.anchor]
+        others = [user for user in readers if user is not consumer.steps[0].node]
+        early = [user.name for user in others if self.order[user] < anchor]
+        if early:
+            return None, f"normalised at its end: {early[0]} reads it before {consumer.anchor.name}"
+        # A mode switch or an in-place write between the two could change what the finish would read.
+        start = self.order[site.steps[0].node]
+        for barrier in self.graph.barriers:
+            if start < self.order[barrier] < anchor:
+                between = f"{barrier.name} lies between it and {consumer.anchor.name}"
+                return None, f"normalised at its end: {between}"
+        if others and self.layout(site) != self.working_layout(consumer):
+            return None, f"normalised at its end: {others[0].name} reads it in another layout"
+        return index, f"normalised on the way into {consumer.anchor.name}" + (", and kept" if others else "")
+
+    def working_layout(self, site: Match) -> bool:
+        """The layout in which a convolution keeps its finished input: that of its output."""
+        return self.layout(site)
+
+
+def describe(decision: Decision) -> dict[str, Any]:
+    """A decision as plain data, for reports."""
+    return {
+        "op": decision.op,
+        "finish": decision.finish,
+        "layout": "channels_last" if decision.channels_last else "contiguous",
+        "why": decision.why,
+    }

@@ -1,0 +1,138 @@
+"""Stage 4: apply a plan to the normalised copy. Decides nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+
+from sf_compile.graph.match import Match
+from sf_compile.graph.normalize import NormalizedGraph
+from sf_compile.graph.plan import Decision, Plan
+
+
+@dataclass
+class _Pending:
+    """A raw output whose finish was deferred: what ``conv2d`` takes to apply it."""
+
+    raw: fx.Node
+    mean: Any
+    variance: Any
+    site: Match
+    keep: bool
+
+
+def rewrite(graph: NormalizedGraph, plan: Plan) -> fx.GraphModule:
+    """Replace every planned site in ``graph`` by its ops; returns the same (copied) module.
+
+    The graph is valid and runnable after it; nodes outside the sites are untouched.
+    """
+    writer = _Writer(graph.graph)
+    for index, decision in enumerate(plan.decisions):
+        writer.apply(index, decision)
+    for decision in reversed(plan.decisions):
+        for step in reversed(decision.site.steps):
+            graph.graph.erase_node(step.node)
+    graph.graph.lint()
+    graph.module.recompile()
+    return graph.module
+
+
+class _Writer:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.pending: dict[int, _Pending] = {}
+        self.replaced: dict[fx.Node, fx.Node] = {}
+
+    def call(self, name: str, args: tuple[Any, ...]) -> fx.Node:
+        """A call of ``styleforge::name``; arguments that were replaced are read from their replacement."""
+        op = getattr(torch.ops.styleforge, name).default
+        return self.graph.call_function(op, fx.map_arg(args, lambda node: self.replaced.get(node, node)))
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let every reader of ``old`` read ``new``."""
+        new.meta.update(old.meta)
+        old.replace_all_uses_with(new)
+        self.replaced[old] = new
+
+    def apply(self, index: int, decision: Decision) -> None:
+        """Insert one site's op at its anchor, and its finish at its end unless that is deferred."""
+        site = decision.site
+        mean: Any = None
+        variance: Any = None
+        if site.norm is not None:
+            mean, variance = site.norm.mean, site.norm.variance
+        with self.graph.inserting_before(site.anchor):
+            if site.conv is not None:
+                out = self.convolution(index, decision)
+                raw = self.graph.call_function(getitem, (out, 0))
+                if site.norm is not None and mean is None:
+                    mean = self.graph.call_function(getitem, (out, 1))
+                    variance = self.graph.call_function(getitem, (out, 2))
+            else:
+                raw = site.input
+                if decision.finish == "deferred" and mean is None:
+                    out = self.call("instance_statistics", (raw,))
+                    mean = self.graph.call_function(getitem, (out, 0))
+                    variance = self.graph.call_function(getitem, (out, 1))
+        if decision.finish == "deferred":
+            assert decision.deferred_to is not None
+            self.pending[decision.deferred_to] = _Pending(raw, mean, variance, site, decision.keep)
+            return
+        if decision.finish == "here":
+            with self.graph.inserting_before(site.output):
+                raw = self.finish(decision, raw, mean, variance)
+        self.replace(site.output, raw)
+
+    def convolution(self, index: int, decision: Decision) -> fx.Node:
+        """The ``conv2d`` call of a site, applying the finish that was deferred to it."""
+        site = decision.site
+        conv = site.conv
+        assert conv is not None
+        vertical, horizontal = conv.padding
+        padding, mode = [horizontal, horizontal, vertical, vertical], "zeros"
+        if site.pad is not None and any(site.pad.padding):
+            padding = [a + b for a, b in zip(padding, site.pad.padding, strict=True)]
+            mode = site.pad.mode
+        pending = self.pending.get(index)
+        norm: tuple[Any, ...] = (None, None, None, None, 1.0, "none", None)
+        source = site.input
+        if pending is not None:
+            source, norm = pending.raw, self.finish_arguments(pending.site, pending.mean, pending.variance)
+        own_relu = site.relu is not None and site.norm is None
+        out = self.call(
+            "conv2d",
+            (
+                source, conv.weight, None if decision.drop_bias else conv.bias, *norm,
+                site.upsample.factor if site.upsample else 1, padding, mode, list(conv.stride),
+                "relu" if own_relu else "none", site.norm is not None and site.norm.mean is None,
+                pending is not None and pending.keep, decision.channels_last,
+            ),
+        )  # fmt: skip
+        if pending is not None and pending.keep:
+            self.replace(pending.site.output, self.graph.call_function(getitem, (out, 3)))
+        return out
+
+    def finish_arguments(self, site: Match, mean: Any, variance: Any) -> tuple[Any, ...]:
+        """mean, variance, norm weight, norm bias, eps, activation, residual of a site's finish."""
+        norm = site.norm
+        # Without a norm the activation was the convolution's own.
+        activation = "relu" if site.relu is not None and norm is not None else "none"
+        residual = site.add.residual if site.add is not None else None
+        if norm is None:
+            return None, None, None, None, 1.0, activation, residual
+        return mean, variance, norm.weight, norm.bias, norm.eps, activation, residual
+
+    def finish(self, decision: Decision, raw: fx.Node, mean: Any, variance: Any) -> fx.Node:
+        """The op at the end of a site that writes its finished tensor."""
+        site = decision.site
+        *arguments, activation, residual = self.finish_arguments(site, mean, variance)
+        if site.conv is None and mean is None:
+            weight, bias, eps = arguments[2:]
+            return self.call(
+                "instance_norm", (raw, weight, bias, eps, activation, residual, decision.channels_last)
+            )
+        return self.call("normalize", (raw, *arguments, activation, residual, decision.channels_last))

@@ -1,0 +1,13 @@
+"""The ops of the ``styleforge`` namespace; importing this package registers them.
+
+Each op is one file: schema, checks, fake kernel, gradient. ``reference`` says in plain PyTorch
+what they compute. They can be called directly (``torch.ops.styleforge.instance_norm(...)``), with
+no compiler involved.
+"""
+
+from sf_compile.ops.conv2d import conv2d
+from sf_compile.ops.instance_norm import instance_norm
+from sf_compile.ops.instance_statistics import instance_statistics
+from sf_compile.ops.normalize import normalize
+
+__all__ = ["conv2d", "instance_norm", "instance_statistics", "normalize"]

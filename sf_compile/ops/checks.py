@@ -1,0 +1,116 @@
+"""Argument checks shared by the fake and the real kernels of every op.
+
+They raise ``RuntimeError`` (``torch._check``), as PyTorch's own operators do, with the values that
+were wrong. Shapes may be symbolic: a check never turns a symbolic size into a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("none", "relu")
+PADDING_MODES = ("zeros", "reflect", "replicate")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def require(condition: Any, message: Callable[[], str]) -> None:
+    """``torch._check``, at the cost of one comparison where the condition is a plain True."""
+    if condition is not True:
+        torch._check(condition, message)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of means and variances: float32, or float64 for float64 pictures."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_image(op: str, input: Tensor) -> None:
+    """``input`` must be a floating (N, C, H, W) tensor."""
+    require(
+        input.dim() == 4,
+        lambda: f"styleforge::{op}: input must be (N, C, H, W), got {tuple(input.shape)}",
+    )
+    require(
+        input.dtype in _DTYPES,
+        lambda: f"styleforge::{op}: input must be float16, bfloat16, float32 or float64, got {input.dtype}",
+    )
+
+
+def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:
+    """``value`` must be one of ``choices``."""
+    require(
+        value in choices,
+        lambda: f"styleforge::{op}: {name} must be one of {', '.join(choices)}; got {value!r}",
+    )
+
+
+def check_residual(op: str, input: Tensor, residual: Tensor | None) -> None:
+    """``residual`` must have the shape, dtype and device of ``input``: it is added, not broadcast."""
+    if residual is None:
+        return
+    require(
+        residual.dim() == 4 and all(a == b for a, b in zip(residual.shape, input.shape, strict=True)),
+        lambda: f"styleforge::{op}: residual {tuple(residual.shape)} must have the input's shape "
+        f"{tuple(input.shape)}",
+    )
+    require(
+        residual.dtype == input.dtype and residual.device == input.device,
+        lambda: f"styleforge::{op}: residual is {residual.dtype} on {residual.device}, the input "
+        f"{input.dtype} on {input.device}",
+    )
+
+
+def check_channels(op: str, input: Tensor, **vectors: Tensor | None) -> None:
+    """Every given vector must be (C,): one value for each channel of ``input``."""
+    for name, vector in vectors.items():
+        if vector is not None:
+            _check_vector(op, input, name, vector)
+
+
+def _check_vector(op: str, input: Tensor, name: str, vector: Tensor) -> None:
+    require(
+        vector.dim() == 1 and vector.shape[0] == input.shape[1],
+        lambda: f"styleforge::{op}: {name} must be ({input.shape[1]},), got {tuple(vector.shape)}",
+    )
+    require(
+        vector.device == input.device,
+        lambda: f"styleforge::{op}: {name} is on {vector.device}, the input on {input.device}",
+    )
+
+
+def check_norm(
+    op: str,
+    input: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """``mean`` and ``variance`` come together, (N, C) or (C,); weight and bias only beside them."""
+    require(
+        (mean is None) == (variance is None),
+        lambda: f"styleforge::{op}: mean and variance must be given together",
+    )
+    if mean is None or variance is None:
+        require(
+            weight is None and bias is None,
+            lambda: f"styleforge::{op}: a norm's weight or bias needs mean and variance",
+        )
+        return
+    require(
+        mean.shape == variance.shape
+        and mean.dim() in (1, 2)
+        and mean.shape[-1] == input.shape[1]
+        and (mean.dim() == 1 or mean.shape[0] == input.shape[0]),
+        lambda: f"styleforge::{op}: mean {tuple(mean.shape)} and variance {tuple(variance.shape)} must be "
+        f"({input.shape[0]}, {input.shape[1]}) or ({input.shape[1]},)",
+    )
+    require(
+        mean.device == input.device and variance.device == input.device,
+        lambda: f"styleforge::{op}: mean and variance must be on {input.device}",
+    )
+    check_channels(op, input, weight=weight, bias=bias)

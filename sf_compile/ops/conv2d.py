@@ -1,0 +1,270 @@
+"""``styleforge::conv2d``: a convolution that finishes its producer's norm and starts its own.
+
+An instance norm needs the whole feature map before it can scale one pixel, so it is split: this
+op returns its *raw* output with the mean and variance of every (image, channel), and the op that
+reads it normalises on the way in:
+
+    z      = act((input - mean) / sqrt(variance + eps) * norm_weight + norm_bias) + residual
+    output = output_activation(conv2d(pad(upsample_nearest(z)), weight, bias, stride))
+
+Every step in front of the convolution is optional, so this one schema also covers a convolution
+that reads a finished picture. ``keep_input`` returns ``z`` as well, for another reader of it (the
+skip path of a residual block). A convolution bias in front of an instance norm has no effect and
+is best left out by the caller.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sf_compile.ops import reference
+from sf_compile.ops.checks import (
+    ACTIVATIONS,
+    PADDING_MODES,
+    check_choice,
+    check_image,
+    check_norm,
+    check_residual,
+    require,
+    statistics_dtype,
+)
+from sf_compile.ops.instance_statistics import statistics_gradient
+from sf_compile.ops.library import register
+from sf_compile.ops.normalize import Norm, normalize_gradients
+
+SCHEMA = (
+    "conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? mean, Tensor? variance, "
+    "Tensor? norm_weight, Tensor? norm_bias, float eps, str activation, Tensor? residual, "
+    "int upsample, int[4] padding, str padding_mode, int[2] stride, str output_activation, "
+    "bool statistics, bool keep_input, bool channels_last) "
+    "-> (Tensor output, Tensor mean, Tensor variance, Tensor kept_input)"
+)
+
+
+class Arguments(NamedTuple):
+    """The op's arguments, in the schema's order.
+
+    Shapes: ``input`` and ``residual`` (N, C, H, W), ``weight`` (O, C, kh, kw), ``bias`` (O,), ``mean`` and
+    ``variance`` (N, C) or (C,), ``norm_weight`` and ``norm_bias`` (C,). ``padding`` is left, right, top,
+    bottom.
+    """
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    mean: Tensor | None
+    variance: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    eps: float
+    activation: str
+    residual: Tensor | None
+    upsample: int
+    padding: list[int]
+    padding_mode: str
+    stride: list[int]
+    output_activation: str
+    statistics: bool
+    keep_input: bool
+    channels_last: bool
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether anything is applied to ``input`` before it is upsampled and padded."""
+        return self.mean is not None or self.residual is not None or self.activation != "none"
+
+    @property
+    def norm(self) -> Norm:
+        """What is applied to ``input`` before the residual is added."""
+        return Norm(self.mean, self.variance, self.norm_weight, self.norm_bias, self.eps, self.activation)
+
+
+def check(a: Arguments) -> tuple[Any, Any]:
+    """Check everything that fake and real calls share; return the output's height and width."""
+    input, weight, bias = a.input, a.weight, a.bias
+    check_image("conv2d", input)
+    check_norm("conv2d", input, a.mean, a.variance, a.norm_weight, a.norm_bias)
+    check_choice("conv2d", "activation", a.activation, ACTIVATIONS)
+    check_choice("conv2d", "output_activation", a.output_activation, ACTIVATIONS)
+    check_choice("conv2d", "padding_mode", a.padding_mode, PADDING_MODES)
+    check_residual("conv2d", input, a.residual)
+    require(
+        weight.dim() == 4 and weight.shape[1] == input.shape[1],
+        lambda: f"styleforge::conv2d: weight must be (out, {input.shape[1]}, kh, kw), got "
+        f"{tuple(weight.shape)}",
+    )
+    require(
+        weight.dtype == input.dtype and weight.device == input.device,
+        lambda: f"styleforge::conv2d: weight is {weight.dtype} on {weight.device}, the input "
+        f"{input.dtype} on {input.device}",
+    )
+    if bias is not None:
+        require(
+            bias.dim() == 1 and bias.shape[0] == weight.shape[0],
+            lambda: f"styleforge::conv2d: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}",
+        )
+        require(
+            bias.dtype == input.dtype and bias.device == input.device,
+            lambda: f"styleforge::conv2d: bias is {bias.dtype} on {bias.device}, the input "
+            f"{input.dtype} on {input.device}",
+        )
+    require(a.upsample >= 1, lambda: f"styleforge::conv2d: upsample must be 1 or more, got {a.upsample}")
+    require(
+        len(a.padding) == 4 and min(a.padding) >= 0,
+        lambda: f"styleforge::conv2d: padding must be 4 sizes of 0 or more, got {list(a.padding)}",
+    )
+    require(
+        len(a.stride) == 2 and min(a.stride) >= 1,
+        lambda: f"styleforge::conv2d: stride must be 2 numbers of 1 or more, got {list(a.stride)}",
+    )
+    require(
+        not a.keep_input or a.normalizes,
+        lambda: "styleforge::conv2d: keep_input needs a norm, an activation or a residual to apply",
+    )
+    left, right, top, bottom = a.padding
+    height, width = input.shape[2] * a.upsample, input.shape[3] * a.upsample
+    if a.padding_mode == "reflect":
+        require(
+            max(left, right) < width and max(top, bottom) < height,
+            lambda: f"styleforge::conv2d: reflection padding {list(a.padding)} must be smaller than the "
+            f"picture, {height} x {width}",
+        )
+    height, width = height + top + bottom, width + left + right
+    require(
+        height >= weight.shape[2] and width >= weight.shape[3],
+        lambda: f"styleforge::conv2d: kernel {tuple(weight.shape[2:])} is larger than the padded picture, "
+        f"{height} x {width}",
+    )
+    return (height - weight.shape[2]) // a.stride[0] + 1, (width - weight.shape[3]) // a.stride[1] + 1
+
+
+def absent(input: Tensor, dtype: torch.dtype) -> Tensor:
+    """What stands for an output that was not asked for: an empty tensor."""
+    return input.new_empty((0,), dtype=dtype)
+
+
+def composed(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op out of the reference's pieces, one PyTorch call after another, on any device."""
+    z = reference.normalize(a.input, *a.norm, a.residual) if a.normalizes else a.input
+    z = reference.layout(z, a.channels_last)
+    padded = reference.pad(reference.upsample_nearest(z, a.upsample), a.padding, a.padding_mode)
+    out = reference.conv2d(padded, a.weight, a.bias, a.stride, a.output_activation)
+    out = reference.layout(out, a.channels_last)
+    if a.statistics:
+        mean, variance = reference.statistics(out)
+    else:
+        mean = absent(a.input, statistics_dtype(a.input.dtype))
+        variance = absent(a.input, statistics_dtype(a.input.dtype))
+    return out, mean, variance, z if a.keep_input else absent(a.input, a.input.dtype)
+
+
+def _cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = Arguments(*arguments)
+    check(a)
+    return composed(a)
+
+
+def _cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from sf_compile.cuda import convolution
+
+    a = Arguments(*arguments)
+    check(a)
+    return convolution.conv2d(a)
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = Arguments(*arguments)
+    height, width = check(a)
+    memory_format = torch.channels_last if a.channels_last else torch.contiguous_format
+    n, c = a.input.shape[0], a.weight.shape[0]
+    dtype, device = a.input.dtype, a.input.device
+    shape = (n, c) if a.statistics else (0,)
+    kept = absent(a.input, dtype)
+    if a.keep_input:
+        kept = torch.empty(a.input.shape, dtype=dtype, device=device, memory_format=memory_format)
+    return (
+        torch.empty((n, c, height, width), dtype=dtype, device=device, memory_format=memory_format),
+        a.input.new_empty(shape, dtype=statistics_dtype(dtype)),
+        a.input.new_empty(shape, dtype=statistics_dtype(dtype)),
+        kept,
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    a = Arguments(*inputs)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*(value for value in a if isinstance(value, Tensor)), *output[:2])
+    ctx.settings = tuple(None if isinstance(value, Tensor) else value for value in a)
+    ctx.is_tensor = tuple(isinstance(value, Tensor) for value in a)
+
+
+def _backward(
+    ctx: Any,
+    grad_output: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_variance: Tensor | None,
+    grad_kept: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Recomputes the padded input (cheap) rather than keeping it; the convolution runs only backwards."""
+    *tensors, output, output_mean = ctx.saved_tensors
+    remaining = iter(tensors)
+    a = Arguments(
+        *(
+            next(remaining) if is_tensor else setting
+            for is_tensor, setting in zip(ctx.is_tensor, ctx.settings, strict=True)
+        )
+    )
+    grad = grad_output
+    if a.statistics:
+        through = statistics_gradient(output, output_mean, grad_mean, grad_variance)
+        if through is not None:
+            grad = (through if grad is None else grad + through).to(output.dtype)
+    grad_z = grad_kept if a.keep_input else None
+    grad_weight = grad_bias = None
+    if grad is not None:
+        if a.output_activation == "relu":
+            grad = torch.where(output > 0, grad, 0)
+        z = a.input
+        if a.normalizes:
+            z = torch.ops.styleforge.normalize.default(a.input, *a.norm, a.residual, a.channels_last)
+        upsampled = reference.upsample_nearest(z, a.upsample)
+        padded = reference.pad(upsampled, a.padding, a.padding_mode)
+        needs = ctx.needs_input_grad
+        grad_padded, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad, padded, a.weight, None if a.bias is None else list(a.bias.shape), list(a.stride), [0, 0],
+            [1, 1], False, [0, 0], 1, [True, needs[1], a.bias is not None and needs[2]],
+        )  # fmt: skip
+        through = _pad_gradient(grad_padded, upsampled, list(a.padding), a.padding_mode)
+        if a.upsample > 1:
+            # Each pixel was copied upsample^2 times: its gradient is their sum.
+            through = torch.nn.functional.avg_pool2d(through, a.upsample, divisor_override=1)
+        grad_z = through if grad_z is None else grad_z + through
+    if grad_z is None:
+        return (None,) * len(a)
+    gradients: dict[str, Tensor | None] = {"weight": grad_weight, "bias": grad_bias}
+    norm = normalize_gradients(grad_z, a.input, *a.norm)
+    gradients.update(input=norm.input.to(a.input.dtype), mean=norm.mean, variance=norm.variance)
+    gradients.update(norm_weight=norm.weight, norm_bias=norm.bias)
+    if a.residual is not None:
+        gradients["residual"] = grad_z
+    return tuple(gradients.get(field) for field in Arguments._fields)
+
+
+def _pad_gradient(grad: Tensor, input: Tensor, padding: list[int], mode: str) -> Tensor:
+    if not any(padding):
+        return grad
+    if mode == "reflect":
+        return torch.ops.aten.reflection_pad2d_backward(grad, input, padding)
+    if mode == "replicate":
+        return torch.ops.aten.replication_pad2d_backward(grad, input, padding)
+    left, right, top, bottom = padding
+    return torch.nn.functional.pad(grad, [-left, -right, -top, -bottom])
+
+
+register(
+    SCHEMA, cpu=_cpu, cuda=_cuda, fake=_fake, backward=_backward, setup_context=_setup_context
+)
+conv2d = torch.ops.styleforge.conv2d.default

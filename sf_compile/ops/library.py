@@ -1,0 +1,38 @@
+"""The ``styleforge`` op namespace: one library object, and one way to register an op on it.
+
+``Library.define`` + ``impl`` is used rather than ``torch.library.custom_op`` because its dispatch
+costs 2 to 4 us a call instead of 10, and a style network makes sixteen calls a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("styleforge", "DEF")
+
+
+def register(
+    schema: str,
+    *,
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+) -> None:
+    """Define ``styleforge::<schema>`` with its CPU and CUDA kernels, fake kernel and gradient.
+
+    Every op here is functional (no output aliases an input), keeps its inputs' strides under
+    Inductor (a silent relayout would cost more than the op saves) and is safe to trace.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"styleforge::{name}", fake, lib=LIBRARY)
+    torch.library.register_autograd(
+        f"styleforge::{name}", backward, setup_context=setup_context, lib=LIBRARY
+    )

@@ -1,0 +1,171 @@
+"""``styleforge::normalize``: a norm whose statistics are known, its activation, a residual.
+
+The second half of an instance norm (the first is ``instance_statistics`` or the statistics that
+``conv2d`` returns), or a whole norm with running statistics.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sf_compile.ops import reference
+from sf_compile.ops.checks import ACTIVATIONS, check_choice, check_image, check_norm, check_residual
+from sf_compile.ops.library import register
+
+SCHEMA = (
+    "normalize(Tensor input, Tensor? mean, Tensor? variance, Tensor? weight, Tensor? bias, float eps, "
+    "str activation='none', Tensor? residual=None, bool channels_last=False) -> Tensor"
+)
+
+
+class Norm(NamedTuple):
+    """The norm and activation that ``normalize`` applies; without mean, variance: the activation alone."""
+
+    mean: Tensor | None
+    variance: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    activation: str
+
+
+class NormGradients(NamedTuple):
+    """Gradients of ``normalize``: None where the argument was None."""
+
+    input: Tensor
+    mean: Tensor | None
+    variance: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def _like(grad: Tensor, vector: Tensor) -> Tensor:
+    """A (N, C) gradient summed to the shape and dtype of ``vector``, (N, C) or (C,)."""
+    return (grad.sum(0) if vector.dim() == 1 else grad).to(vector.dtype)
+
+
+def normalize_gradients(
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+) -> NormGradients:
+    """Gradients of act(a) with a = (x - m) s w + b and s = 1 / sqrt(v + eps), all (N, C, H, W) or (C,).
+
+    da/dx = s w, da/dm = -s w, da/dv = -(x - m) s^3 w / 2, da/dw = (x - m) s, da/db = 1.
+    """
+    centred = input.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
+    grad = grad.to(centred.dtype)
+    if mean is None or variance is None:
+        grad_input = torch.where(centred > 0, grad, 0) if activation == "relu" else grad
+        return NormGradients(grad_input, None, None, None, None)
+    centred = centred - reference.per_channel(mean)
+    inverse = torch.rsqrt(reference.per_channel(variance) + eps)
+    scale = inverse if weight is None else inverse * reference.per_channel(weight.to(inverse.dtype))
+    if activation == "relu":
+        value = centred * scale
+        value = value if bias is None else value + reference.per_channel(bias.to(value.dtype))
+        grad = torch.where(value > 0, grad, 0)
+    total = grad.sum((2, 3))
+    correlation = (grad * centred).sum((2, 3))
+    flat = inverse.flatten(1)
+    flat_scale = scale.flatten(1)
+    return NormGradients(
+        grad * scale,
+        _like(-total * flat_scale, mean),
+        _like(-0.5 * correlation * flat_scale * flat.square(), variance),
+        None if weight is None else _like(correlation * flat, weight),
+        None if bias is None else _like(total, bias),
+    )
+
+
+def _check(
+    input: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+) -> None:
+    check_image("normalize", input)
+    check_norm("normalize", input, mean, variance, weight, bias)
+    check_choice("normalize", "activation", activation, ACTIVATIONS)
+    check_residual("normalize", input, residual)
+
+
+def _cpu(
+    input: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    channels_last: bool = False,
+) -> Tensor:
+    _check(input, mean, variance, weight, bias, activation, residual)
+    out = reference.normalize(input, mean, variance, weight, bias, eps, activation, residual)
+    return reference.layout(out, channels_last)
+
+
+def _cuda(
+    input: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    channels_last: bool = False,
+) -> Tensor:
+    from sf_compile.cuda import normalization
+
+    _check(input, mean, variance, weight, bias, activation, residual)
+    return normalization.normalize(
+        input, mean, variance, weight, bias, eps, activation, residual, channels_last
+    )
+
+
+def _fake(
+    input: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    channels_last: bool = False,
+) -> Tensor:
+    _check(input, mean, variance, weight, bias, activation, residual)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, mean, variance, weight, bias, eps, activation, residual, _ = inputs
+    ctx.save_for_backward(input, mean, variance, weight, bias)
+    ctx.eps, ctx.activation, ctx.has_residual = eps, activation, residual is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, mean, variance, weight, bias = ctx.saved_tensors
+    grads = normalize_gradients(grad, input, mean, variance, weight, bias, ctx.eps, ctx.activation)
+    grad_residual = grad if ctx.has_residual else None
+    return grads.input.to(input.dtype), *grads[1:], None, None, grad_residual, None
+
+
+register(
+    SCHEMA, cpu=_cpu, cuda=_cuda, fake=_fake, backward=_backward, setup_context=_setup_context
+)
+normalize = torch.ops.styleforge.normalize.default

@@ -1,0 +1,118 @@
+"""What every ``styleforge`` op computes, in plain PyTorch.
+
+This is the CPU implementation, the oracle of the tests, and what runs on a GPU when no kernel can
+be compiled. Sixteen-bit pictures are normalised in float32 and rounded once, at the end.
+
+    statistics   mean[n, c], variance[n, c] = E[x], E[(x - mean)^2] over the pixels of one channel
+    normalize    act((x - mean) / sqrt(variance + eps) * weight + bias) + residual
+    prepare      pad(upsample(...)): an index map, no arithmetic
+    convolution  the cross-correlation of torch.nn.functional.conv2d
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sf_compile.ops.checks import statistics_dtype
+
+_TORCH_PAD_MODE = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
+
+
+def layout(x: Tensor, channels_last: bool) -> Tensor:
+    """``x`` with exactly the strides that ``torch.empty`` gives in that memory format.
+
+    A tensor with a size-1 dimension is dense in both formats with differing strides; it is
+    restrided rather than copied, so that real strides always equal the fake kernel's.
+    """
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    if not x.is_contiguous(memory_format=memory_format):
+        return x.contiguous(memory_format=memory_format)
+    _, c, h, w = x.shape
+    strides = (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)
+
+
+def statistics(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over the pixels of each (image, channel) of (N, C, H, W).
+
+    The second pass is about the first one's mean, and corrects it, so that a mean of many standard
+    deviations costs no digits. Returns two (N, C) tensors, float32 (float64 for float64 input).
+    """
+    x = input.to(statistics_dtype(input.dtype))
+    about = x.mean((2, 3))
+    centred = x - per_channel(about)
+    correction = centred.mean((2, 3))
+    variance = centred.square_().mean((2, 3)) - correction.square()
+    return about + correction, variance.clamp_min_(0)
+
+
+def per_channel(vector: Tensor) -> Tensor:
+    """(C,) or (N, C) as (1 or N, C, 1, 1), to broadcast over pixels."""
+    return vector.reshape(-1, vector.shape[-1], 1, 1)
+
+
+def scale_of(variance: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """weight / sqrt(variance + eps), shape (1 or N, C, 1, 1)."""
+    scale = torch.rsqrt(per_channel(variance) + eps)
+    return scale if weight is None else scale * per_channel(weight.to(scale.dtype))
+
+
+def affine(
+    input: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """The normalised picture before its activation, in the statistics' dtype; a fresh tensor."""
+    x = input.to(statistics_dtype(input.dtype), copy=True)
+    if mean is None or variance is None:
+        return x
+    x.sub_(per_channel(mean.to(x.dtype))).mul_(scale_of(variance.to(x.dtype), weight, eps))
+    return x if bias is None else x.add_(per_channel(bias.to(x.dtype)))
+
+
+def normalize(
+    input: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    """act((input - mean) / sqrt(variance + eps) * weight + bias) + residual, in ``input``'s dtype."""
+    x = affine(input, mean, variance, weight, bias, eps)
+    if activation == "relu":
+        x.relu_()
+    if residual is not None:
+        x.add_(residual)
+    return x.to(input.dtype)
+
+
+def upsample_nearest(input: Tensor, factor: int) -> Tensor:
+    """Every pixel ``factor`` times in both directions: out[i, j] = in[i // factor, j // factor]."""
+    return input if factor == 1 else F.interpolate(input, scale_factor=float(factor), mode="nearest")
+
+
+def pad(input: Tensor, padding: Sequence[int], mode: str) -> Tensor:
+    """``input`` padded by (left, right, top, bottom) pixels."""
+    if not any(padding):
+        return input
+    if mode == "reflect" and input.shape[-1] > 0 and input.shape[-2] > 0:
+        return torch.ops.aten.reflection_pad2d(input, list(padding))
+    return F.pad(input, list(padding), mode=_TORCH_PAD_MODE[mode])
+
+
+def conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], activation: str
+) -> Tensor:
+    """The convolution of an input already padded, and its activation."""
+    out = F.conv2d(input, weight, bias, list(stride))
+    return out.relu_() if activation == "relu" else out

@@ -1,0 +1,81 @@
+"""``Options``: what a user may say in ``torch.compile(..., options={...}, mode=...)``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+FALLBACKS = ("eager", "inductor")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+LAYOUTS = ("auto", "channels_last", "contiguous")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of the styleforge backend; the defaults suit everybody.
+
+    Attributes:
+        fallback: What runs the nodes that are not replaced: ``"eager"``, ``"inductor"``, or any
+            callable ``(GraphModule, example_inputs) -> callable``, as torch.compile backends are.
+        layout: Memory layout of the tensors that never leave a fused region: ``"auto"`` (by device
+            and dtype), ``"channels_last"`` or ``"contiguous"``. What a model returns always has
+            the strides that eager PyTorch gives it.
+        mode: One of torch.compile's four modes. The fused ops run alike in all of them; with
+            ``fallback="inductor"`` the mode is Inductor's.
+
+    Raises:
+        ValueError: for a value that is none of these; the message names the nearest valid one.
+    """
+
+    fallback: str | Callable[..., Any] = "eager"
+    layout: str = "auto"
+    mode: str = "default"
+
+    def __post_init__(self) -> None:
+        if not callable(self.fallback):
+            _check_choice("fallback", self.fallback, FALLBACKS, "or a callable")
+        _check_choice("layout", self.layout, LAYOUTS)
+        _check_choice("mode", self.mode, MODES)
+
+    @classmethod
+    def build(cls, options: Mapping[str, Any] | Options | None = None, mode: str | None = None) -> Options:
+        """The ``Options`` for what torch.compile hands to a backend.
+
+        Raises:
+            ValueError: for an unknown key (with the nearest valid one), a wrong type or value, or
+                a mode given both ways.
+        """
+        if isinstance(options, Options):
+            if mode is not None:
+                raise ValueError("styleforge: give the mode inside Options(mode=...) or as mode=, not both")
+            return options
+        if options is not None and not isinstance(options, Mapping):
+            raise ValueError(
+                f"styleforge: options must be a dict or sf_compile.Options, got {type(options).__name__}"
+            )
+        settings = dict(options or {})
+        known = [field.name for field in fields(cls)]
+        for key in settings:
+            if key not in known:
+                raise ValueError(f"styleforge: unknown option {key!r}{_nearest(key, known)}")
+        if mode is not None:
+            if "mode" in settings:
+                raise ValueError("styleforge: mode is given twice, in options and as mode=")
+            settings["mode"] = mode
+        return cls(**settings)
+
+
+def _nearest(value: object, choices: list[str] | tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Valid: {', '.join(choices)}" if hint else f"; valid: {', '.join(choices)}"
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...], also: str = "") -> None:
+    if isinstance(value, str) and value in choices:
+        return
+    what = repr(value) if isinstance(value, str) else f"{value!r} ({type(value).__name__})"
+    suffix = f" {also}" if also else ""
+    raise ValueError(f"styleforge: {name} cannot be {what}{_nearest(value, choices)}{suffix}")

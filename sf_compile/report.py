@@ -1,0 +1,159 @@
+"""``explain``: what the backend would do with a model, and why it leaves the rest alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sf_compile.backend import Analysis, analyse
+from sf_compile.graph.plan import Decision, describe
+from sf_compile.options import Options
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One fused site.
+
+    Attributes:
+        pattern: Its steps, spelled like ``"upsample+pad+conv+norm+relu"``.
+        nodes: How many nodes of the original graph it replaces.
+        node: Name of its convolution (or norm) in the graph.
+        graph: Index of the graph, where the model breaks into several.
+        op: The op that runs it.
+        finish: ``"none"``, ``"here"`` or ``"deferred"``: where its norm and addition are applied.
+        layout: ``"channels_last"`` or ``"contiguous"``, of its output.
+        why: The reason for ``finish``.
+    """
+
+    pattern: str
+    nodes: int
+    node: str
+    graph: int
+    op: str
+    finish: str
+    layout: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A node that a rule looked at and left alone, with the reason."""
+
+    node: str
+    reason: str
+    graph: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``explain`` found.
+
+    Attributes:
+        fused: The fused sites, in the order they run.
+        skipped: Operations the backend knows but left alone, each with its reason.
+        untouched: Names of the operations that stay as they are: the skipped, and those no rule is about.
+        graph_breaks: Why Dynamo split the model into several graphs, one reason a break.
+        options: The settings that were asked for.
+    """
+
+    fused: tuple[Fused, ...]
+    skipped: tuple[Skipped, ...]
+    untouched: tuple[str, ...]
+    graph_breaks: tuple[str, ...]
+    options: Options
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain lists, dicts, strings and numbers (``json.dumps`` takes it)."""
+        options = asdict(self.options)
+        if callable(options["fallback"]):
+            options["fallback"] = getattr(options["fallback"], "__qualname__", repr(options["fallback"]))
+        return {
+            "fused": [asdict(site) for site in self.fused],
+            "skipped": [asdict(skip) for skip in self.skipped],
+            "untouched": list(self.untouched),
+            "graph_breaks": list(self.graph_breaks),
+            "options": options,
+        }
+
+    def __str__(self) -> str:
+        replaced = sum(site.nodes for site in self.fused)
+        total = replaced + len(self.untouched)
+        lines = [f"styleforge: {len(self.fused)} fused sites replace {replaced} of {total} operations"]
+        lines += _table([(s.node, s.pattern, f"{s.nodes} nodes", s.layout, s.why) for s in self.fused])
+        if self.skipped:
+            lines.append(f"left alone, with a reason: {len(self.skipped)}")
+            lines += _table([(s.node, s.reason) for s in self.skipped])
+        named = {skip.node for skip in self.skipped}
+        others = [name for name in self.untouched if name not in named]
+        if others:
+            lines.append(f"no rule is about: {', '.join(others)}")
+        lines.append(f"graph breaks: {len(self.graph_breaks)}")
+        lines += [f"  {reason.strip().splitlines()[0]}" for reason in self.graph_breaks]
+        return "\n".join(lines)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    if not rows:
+        return []
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return ["  " + "  ".join(cells).rstrip() for cells in padded]
+
+
+def explain(
+    model: Any, *inputs: Any, options: Mapping[str, Any] | Options | None = None, **keyword_inputs: Any
+) -> Report:
+    """Say what ``torch.compile(model, backend="styleforge")`` does for these inputs.
+
+    Runs ``model`` once on ``inputs`` under Dynamo, with its original operations: nothing is rewritten and no
+    kernel is compiled. The decisions are those of the current grad mode, autocast state and device.
+
+    Args:
+        model: Module or function.
+        inputs: What it is called with.
+        options: As in ``torch.compile(..., options=...)``.
+        keyword_inputs: Keyword arguments of the call.
+
+    Raises:
+        ValueError: for unknown options.
+    """
+    settings = Options.build(options)
+    analyses: list[Analysis] = []
+
+    def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        analyses.append(analyse(gm, example_inputs, settings))
+        return gm.forward
+
+    counters = torch._dynamo.utils.counters["graph_break"]
+    before = dict(counters)
+    compiled = torch.compile(model, backend=collect)
+    compiled(*inputs, **keyword_inputs)
+    breaks = [reason for reason, count in counters.items() for _ in range(count - before.get(reason, 0))]
+    return _report(analyses, breaks, settings)
+
+
+def _report(analyses: Sequence[Analysis], breaks: Sequence[str], options: Options) -> Report:
+    fused: list[Fused] = []
+    skipped: list[Skipped] = []
+    untouched: list[str] = []
+    for index, analysis in enumerate(analyses):
+        inside = {step.node for decision in analysis.plan.decisions for step in decision.site.steps}
+        fused += [_fused(decision, index) for decision in analysis.plan.decisions]
+        skipped += [Skipped(miss.node, miss.reason, index) for miss in analysis.matches.misses]
+        untouched += [
+            node.name
+            for node in analysis.normalized.graph.nodes
+            if node.op not in ("placeholder", "output", "get_attr") and node not in inside
+        ]
+    return Report(tuple(fused), tuple(skipped), tuple(untouched), tuple(breaks), options)
+
+
+def _fused(decision: Decision, graph: int) -> Fused:
+    site = decision.site
+    return Fused(
+        pattern=site.pattern, nodes=len(site.steps), node=site.anchor.name, graph=graph, **describe(decision)
+    )

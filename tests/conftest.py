@@ -1,0 +1,47 @@
+"""Shared fixtures: where the test data is, and the GPU marker's skip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU; torch.cuda.is_available() is False")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    """Compiled code of one test does not count against another's recompilation limit."""
+    torch._dynamo.reset()
+    yield
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def weights() -> Path:
+    folder = SHARED / "weights"
+    if not folder.is_dir():
+        pytest.skip("the pretrained networks are not beside the checkout (../shared/weights)")
+    return folder
+
+
+@pytest.fixture
+def photo_path() -> Path:
+    path = SHARED / "images" / "amber.jpg"
+    if not path.is_file():
+        pytest.skip("the photograph is not beside the checkout (../shared/images)")
+    return path
