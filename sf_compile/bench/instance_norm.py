@@ -143,6 +143,19 @@ def select_operations(names: Sequence[str] | None, device: torch.device, log: Lo
     return chosen
 
 
+def select_variants(names: Sequence[str] | None) -> tuple[Variant, ...]:
+    """Return the variants called `names`, or, for None, all of them.
+
+    Raises:
+        BenchmarkError: a name is unknown.
+    """
+    known = {variant.name: variant for variant in VARIANTS}
+    for name in names or ():
+        if name not in known:
+            raise BenchmarkError(f"no variant is called {name!r}; choose from {', '.join(known)}")
+    return VARIANTS if names is None else tuple(known[name] for name in names)
+
+
 def shapes_of(sizes: Sequence[Size], *, target: bool) -> list[Shape]:
     """Return what TransformerNet normalises at `sizes`, and the target's two shapes where asked."""
     shapes = [shape for size in sizes for shape in transformer_net_norm_shapes(size)]
@@ -155,6 +168,7 @@ def run_instance_norm(
     peers: Sequence[str],
     device: torch.device,
     *,
+    variants: Sequence[Variant] = VARIANTS,
     budget: Budget,
     log: Log,
 ) -> list[Row]:
@@ -171,7 +185,7 @@ def run_instance_norm(
             for layout in LAYOUTS:
                 for dtype in dtypes:
                     log(f"instance_norm {shape} {layout} {dtype_name(dtype)}")
-                    for variant in VARIANTS:
+                    for variant in variants:
                         case = Case(shape, layout, dtype, variant)
                         rows += [vars(environment) | row for row in _run_case(case, peers, device, budget)]
                         torch._dynamo.reset()

@@ -29,19 +29,21 @@ class Budget:
     """How long to measure one call.
 
     `seconds` are spent on latencies and 0.3 times as many on back-to-back calls, over `rounds` rounds;
-    `pause` is slept, in seconds, before each burst. A burst takes at least `least` calls however slow
-    they are.
+    `pause` is slept, in seconds, before each burst, which begins with `warm` seconds of calls that are not
+    timed: an idle GPU takes that long to reach its clocks. A burst takes at least `least` calls however
+    slow they are.
     """
 
     seconds: float = 1.0
     rounds: int = 10
     pause: float = 0.1
     least: int = 3
+    warm: float = 0.03
 
     @classmethod
     def quick(cls) -> Budget:
         """Return the smallest budget that still takes every kind of number."""
-        return cls(seconds=0.02, rounds=2, pause=0.0, least=2)
+        return cls(seconds=0.02, rounds=2, pause=0.0, least=2, warm=0.0)
 
 
 @dataclass
@@ -117,7 +119,7 @@ def interleaved(
         for name, call in calls.items():
             device = inputs[name][0].device
             time.sleep(budget.pause)
-            once = first_call_seconds(call, next(rotation[name]))
+            once = _warm(call, rotation[name], budget.warm)
             sample, share = samples[name], budget.seconds / budget.rounds
             for _ in range(_count(share, once, budget.least)):
                 sample.latencies.append(latency_ms(call, next(rotation[name])))
@@ -125,6 +127,15 @@ def interleaved(
             sample.streaming += streaming_ms(call, rotation[name], streamed, device)
             sample.streamed += streamed
     return samples
+
+
+def _warm(call: Call, values: Iterator[Tensor], seconds: float) -> float:
+    """Call for `seconds`, once at least; return how many seconds the last call took."""
+    begin = time.perf_counter()
+    once = first_call_seconds(call, next(values))
+    while time.perf_counter() - begin < seconds:
+        once = first_call_seconds(call, next(values))
+    return once
 
 
 def _count(seconds: float, once: float, least: int) -> int:

@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inductor-max-autotune, styleforge, styleforge-graph, separated by commas; for suite instance_norm "
         "of eager, inductor, styleforge (default: all that run here)",
     )
+    parser.add_argument(
+        "--variants",
+        type=lambda text: tuple(name.strip() for name in text.split(",")),
+        help="what follows the norm in suite instance_norm: of plain, relu, relu+residual, separated by commas "
+        "(default: all)",
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
     parser.add_argument(
         "--seconds", type=_positive, help="time to measure each peer (default: 1; 0.1 for instance_norm)"
@@ -109,6 +115,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.output is not None:
         check_output(arguments.output, force=arguments.force)
+    if arguments.variants and arguments.suite != "instance_norm":
+        raise BenchmarkError("--variants belongs to suite instance_norm")
     if arguments.hot and arguments.suite != "network":
         raise BenchmarkError("--hot belongs to suite network")
     device = devices.find(arguments.device)
@@ -141,7 +149,15 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         operations = instance_norm.select_operations(arguments.peers, device, _log)
         shapes = instance_norm.shapes_of(sizes, target=on_gpu and arguments.sizes is None)
-        rows = instance_norm.run_instance_norm(shapes, dtypes, operations, device, budget=budget, log=_log)
+        rows = instance_norm.run_instance_norm(
+            shapes,
+            dtypes,
+            operations,
+            device,
+            variants=instance_norm.select_variants(arguments.variants),
+            budget=budget,
+            log=_log,
+        )
         table = tables.instance_norm_table(rows)
     print(table)
     if arguments.output is not None:

@@ -14,8 +14,7 @@ STEP = 2  # vectors that a thread moves at a time
 AHEAD = 3  # steps that a thread has on their way into shared memory
 _MOMENTS_BYTES = 12
 _ACCESS_BYTES = 16  # a group is up to 4 accesses of one pixel: whole sectors of DRAM, and few slices meet
-_COUNTERS = 512
-_SPARE_SETS = 1024
+_COUNTERS = 1024  # more than there are groups wherever a group has slices
 
 
 class SlabVariant(NamedTuple):
@@ -77,7 +76,7 @@ def published(x: Tensor, slabs: Slabs) -> Tensor | None:
 
 
 _of_stream: dict[tuple[int, int], Tensor] = {}
-_spare: dict[int, Iterator[Tensor]] = {}
+_of_capture: dict[int, tuple[int, dict[int, Tensor]]] = {}
 
 
 def tickets(x: Tensor, slabs: Slabs) -> int:
@@ -95,25 +94,34 @@ def arrivals(x: Tensor, slabs: Slabs) -> int:
 def _counters(x: Tensor, slabs: Slabs) -> Tensor | None:
     """Two rows of counters, one a group, on which its slices meet; None where a group is one slab.
 
-    The kernels leave them ready for the next launch on the same stream. A launch that is captured into a CUDA
-    graph gets a set of its own, never used by another, because graphs may be replayed side by side.
+    The kernels leave them ready for the next launch on the same stream. A CUDA graph has counters of its own,
+    zeroed once inside it, because graphs that were captured on one stream may be replayed side by side.
     """
     if slabs.slices == 1:
         return None
     index = x.device.index
+    stream = torch._C._cuda_getCurrentRawStream(index)
     if torch.cuda.is_current_stream_capturing():
-        spare = _spare.get(index)
-        counters = next(spare, None) if spare is not None else None
-        # Zeroed inside the graph, one more node in it, where no zeroed set is left.
-        if counters is not None:
-            return counters
-        return torch.zeros((2, _COUNTERS), dtype=torch.int32, device=x.device)
-    key = (index, torch._C._cuda_getCurrentRawStream(index))
-    found = _of_stream.get(key)
+        return _captured_counters(x.device, stream)
+    found = _of_stream.get((index, stream))
     if found is None:
-        found = _of_stream[key] = torch.zeros((2, _COUNTERS), dtype=torch.int32, device=x.device)
-        if index not in _spare:
-            sets = torch.zeros((_SPARE_SETS, 2, _COUNTERS), dtype=torch.int32, device=x.device)
-            torch.cuda.current_stream(index).synchronize()  # once: another stream may take the first set
-            _spare[index] = iter(sets)
+        found = _of_stream[index, stream] = _zeros(x.device)
     return found
+
+
+def _captured_counters(device: torch.device, stream: int) -> Tensor:
+    """The counters of the capture in progress on ``stream``; those of the capture before it are let go."""
+    from cuda.bindings import driver
+
+    capture = int(driver.cuStreamGetCaptureInfo(stream)[2])
+    latest = _of_capture.get(device.index)
+    if latest is None or latest[0] != capture:
+        latest = _of_capture[device.index] = (capture, {})
+    counters = latest[1].get(stream)
+    if counters is None:
+        counters = latest[1][stream] = _zeros(device)
+    return counters
+
+
+def _zeros(device: torch.device) -> Tensor:
+    return torch.zeros((2, _COUNTERS), dtype=torch.int32, device=device)
