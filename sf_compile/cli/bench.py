@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants",
         type=lambda text: tuple(name.strip() for name in text.split(",")),
-        help="what follows the norm in suite instance_norm: of plain, relu, relu+residual, separated by commas "
+        help="what follows the norm (suite instance_norm): of plain, relu, relu+residual; by commas "
         "(default: all)",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
