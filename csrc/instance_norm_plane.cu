@@ -3,14 +3,14 @@
 //
 //   out = act((x - mean) / sqrt(variance + eps) * weight + bias) + residual
 //
-// Grid (planes), blockDim.x a multiple of 32, VECTOR * HELD * blockDim.x >= pixels.
+// Grid (planes), blockDim.x a multiple of 32 up to 512, VECTOR * HELD * blockDim.x >= pixels.
 // Absent parts are null pointers. Constants: DTYPE, PARAMETER, VECTOR, HELD (vectors a thread keeps).
 // Pixels are a multiple of VECTOR and planes start on a vector.
 #include "moments.cuh"
 
 // The moments of a whole block, valid in every thread.
 DEVICE Moments block_merge(Moments a) {
-  __shared__ Moments warps[32];
+  __shared__ Moments warps[16];
   __shared__ Moments total;
   a = warp_merge(a);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = a;
@@ -24,7 +24,7 @@ DEVICE Moments block_merge(Moments a) {
   return total;
 }
 
-extern "C" __global__ void __launch_bounds__(1024, 1) instance_norm_plane(
+extern "C" __global__ void __launch_bounds__(512) instance_norm_plane(
     const element* __restrict__ x, const element* __restrict__ residual, element* __restrict__ out,
     const parameter* weight, const parameter* bias, float eps, float lower, int channels, int pixels) {
   const i64 plane = (i64)blockIdx.x * pixels;

@@ -35,8 +35,9 @@ from sf_compile.cuda.statistics import statistics
 SLAB_SOURCE = "instance_norm.cu"
 PLANE_SOURCE = "instance_norm_plane.cu"
 _THREADS = 640
-_STATIC_SHARED_BYTES = 12 * 1024  # at most, of csrc/instance_norm.cu; the rest holds pixels
+_SHARED_BYTES_PER_CHANNEL = 256  # of a group: its moments in each of 20 warps, and of the whole block
 _HELD = (1, 2, 4, 8)
+_PLANE_VECTORS = 512 * _HELD[-1]
 _PLANE_BYTES = 64 * 1024  # a larger plane is better cut into slabs, or held in shared memory
 
 
@@ -73,7 +74,7 @@ def _plane_kernel(index: int, dtype: int, parameter: int, vector: int, held: int
 
 
 def plane_block(vectors: int) -> tuple[int, int]:
-    """(held, threads) of the plane kernel for planes of ``vectors`` accesses: at most 8192."""
+    """(held, threads) of the plane kernel for planes of ``vectors`` accesses, at most 4096."""
     held = next(h for h in _HELD if h == 8 or vectors <= h * 64)
     return held, max(32, -(-vectors // (held * 32)) * 32)
 
@@ -102,16 +103,19 @@ def instance_norm(
     small = h * w * input.element_size() <= _PLANE_BYTES and 2 * n * c >= multiprocessors(index)
     if input.is_contiguous() and out.is_contiguous() and small:
         vector = vector_width(h * w, input, residual)
-        if h * w <= vector * 8192:
+        if h * w <= vector * _PLANE_VECTORS:
             held, threads = plane_block(h * w // vector)
             kernel = _plane_kernel(index, dtype, parameter, vector, held)
             kernel.launch((n * c, 1, 1), threads, 0, (*pointers, eps, lower, c, h * w))
             return out
     slabs = cut(input, _THREADS, 1, residual)
     vector_bytes = slabs.variant.vector * input.element_size()
-    slots = (shared_bytes(index) - _STATIC_SHARED_BYTES) // (STEP * _THREADS * vector_bytes)
+    variant = slabs.variant
+    group = variant.lanes * variant.vector if variant.channels_last else 1
+    left = shared_bytes(index) - _SHARED_BYTES_PER_CHANNEL * group - 1024
+    slots = left // (STEP * _THREADS * vector_bytes)
     moments = published(input, slabs)
-    _slab_kernel(index, slabs.variant, parameter, slabs.slices > 1).launch(
+    _slab_kernel(index, variant, parameter, slabs.slices > 1).launch(
         (slabs.groups * slabs.slices, 1, 1), _THREADS, slots * STEP * _THREADS * vector_bytes,
         (*pointers, pointer(moments), arrivals(input, slabs), eps, lower, c, h * w, slabs.slices,
          slots),

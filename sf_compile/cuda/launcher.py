@@ -194,6 +194,11 @@ def load(
     return kernel
 
 
+def loaded() -> tuple[Kernel, ...]:
+    """The kernels that this process has loaded so far, each once."""
+    return tuple(dict.fromkeys(_loaded.values()))
+
+
 def _load(
     key_source: str, entry: str, constants: Mapping[str, int | str], index: int, signature: str,
     cooperative: bool,

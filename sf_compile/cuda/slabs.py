@@ -13,7 +13,9 @@ from sf_compile.cuda.layout import DTYPES, is_channels_last, multiprocessors, ve
 STEP = 2  # vectors that a thread moves at a time
 AHEAD = 3  # steps that a thread has on their way into shared memory
 _MOMENTS_BYTES = 12
-_ACCESS_BYTES = 16  # a group is up to 4 accesses of one pixel: whole sectors of DRAM, and few slices meet
+_ACCESS_BYTES = 16
+_LANES = (16, 8, 4, 2, 1)
+_LARGE_SLAB_BYTES = 400_000  # measured on one H200: below it, 64-byte groups are faster
 _COUNTERS = 1024  # more than there are groups wherever a group has slices
 
 
@@ -40,7 +42,7 @@ def slab_variants() -> Iterator[SlabVariant]:
         widths = vector_widths(dtype)
         for vector in widths:
             yield SlabVariant(dtype, False, vector, 1)
-            for lanes in (1, 2, 4) if vector == widths[-1] else (1,):
+            for lanes in _LANES if vector == widths[-1] else (1,):
                 yield SlabVariant(dtype, True, vector, lanes)
 
 
@@ -54,16 +56,34 @@ def cut(x: Tensor, threads: int, resident: int, *others: Tensor | None) -> Slabs
     pixels = h * w
     channels_last = is_channels_last(x) and not x.is_contiguous()
     vector = vector_width(c if channels_last else pixels, x, *others)
+    blocks = multiprocessors(x.device.index) * resident
     lanes, groups = 1, n * c
+    # An access narrower than 16 bytes means an odd number of them a pixel: nothing to pair up.
+    if channels_last and vector * x.element_size() == _ACCESS_BYTES:
+        lanes = _lanes(n, c, vector, blocks, x.numel() * x.element_size())
     if channels_last:
-        # An access narrower than 16 bytes means an odd number of them a pixel: nothing to pair up.
-        if vector * x.element_size() == _ACCESS_BYTES:
-            lanes = next(k for k in (4, 2, 1) if c % (k * vector) == 0)
         groups = n * c // (lanes * vector)
     steps = pixels if channels_last else pixels // vector
     most = -(-steps * lanes // (threads * STEP))  # a slice has a step for every thread
-    slices = max(1, min(multiprocessors(x.device.index) * resident // groups, most))
+    slices = max(1, min(blocks // groups, most))
     return Slabs(SlabVariant(DTYPES[x.dtype], channels_last, vector, lanes), groups, slices)
+
+
+def _lanes(n: int, c: int, vector: int, blocks: int, size: int) -> int:
+    """How many neighbouring accesses of a pixel make a group, for a picture of ``size`` bytes.
+
+    Many, so that whole lines of memory are read; fewer (64 bytes still fill the sectors of DRAM) where merging
+    the moments, a fixed time for every channel of the group and slice, would weigh against a small slab.
+    """
+    slab = size // blocks
+    for lanes in _LANES:
+        if c % (lanes * vector):
+            continue
+        slices = max(1, blocks * lanes * vector // (n * c))
+        merged = slices * lanes * vector * _MOMENTS_BYTES
+        if lanes <= 4 or (slab >= _LARGE_SLAB_BYTES and (slices <= 33 or 4 * merged <= slab)):
+            return lanes
+    return 1
 
 
 def published(x: Tensor, slabs: Slabs) -> Tensor | None:
