@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sf_compile.cuda import packing
 from sf_compile.cuda.layout import is_channels_last
-from sf_compile.cuda.normalization import Norm, apply, usable
+from sf_compile.cuda.normalization import apply, usable
 from sf_compile.cuda.statistics import statistics
 from sf_compile.ops import reference
 from sf_compile.ops.checks import statistics_dtype
@@ -38,7 +38,7 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         padding = (0, 0, 0, 0) if zeros else (left, right, top, bottom)
         keep = a.keep_input and (copies or channels_last != a.channels_last)
         z, kept = apply(
-            a.input, Norm(*a.norm), a.residual, a.upsample, padding, a.padding_mode, channels_last, keep,
+            a.input, a.norm, a.residual, a.upsample, padding, a.padding_mode, channels_last, keep,
             a.channels_last,
         )  # fmt: skip
         if a.keep_input and kept is None:

@@ -18,7 +18,6 @@ from sf_compile.cuda.launcher import Kernel, load
 from sf_compile.cuda.layout import (
     DTYPES,
     LOWER,
-    empty,
     is_channels_last,
     multiprocessors,
     parameter_dtype,
@@ -31,6 +30,8 @@ from sf_compile.cuda.layout import (
 from sf_compile.cuda.normalization import normalize, usable
 from sf_compile.cuda.slabs import STEP, SlabVariant, arrivals, cut, published, slab_variants
 from sf_compile.cuda.statistics import statistics
+from sf_compile.ops.instance_norm import Arguments
+from sf_compile.ops.library import empty_image
 
 SLAB_SOURCE = "instance_norm.cu"
 PLANE_SOURCE = "instance_norm_plane.cu"
@@ -79,26 +80,18 @@ def plane_block(vectors: int) -> tuple[int, int]:
     return held, max(32, -(-vectors // (held * 32)) * 32)
 
 
-def instance_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str,
-    residual: Tensor | None,
-    channels_last: bool,
-) -> Tensor:
+def instance_norm(a: Arguments) -> Tensor:
     """``styleforge::instance_norm``; its arguments have been checked."""
+    input, weight, bias, eps, activation, residual, channels_last = a
     parameter = parameter_dtype(input.dtype, weight, bias)
     dense = is_channels_last if channels_last else Tensor.is_contiguous
     inputs = [t for t in (input, residual) if t is not None]
     if parameter is None or not usable(input) or not all(dense(t) for t in inputs):
-        mean, variance = statistics(input)
-        return normalize(input, mean, variance, weight, bias, eps, activation, residual, channels_last)
+        return normalize(input, a.norm(*statistics(input)), residual, channels_last)
     n, c, h, w = input.shape
     index, dtype = input.device.index, DTYPES[input.dtype]
     lower = LOWER[activation]
-    out = empty(input.shape, input, channels_last)
+    out = empty_image(input.shape, input, channels_last)
     pointers = (pointer(input), pointer(residual), pointer(out), pointer(weight), pointer(bias))
     small = h * w * input.element_size() <= _PLANE_BYTES and 2 * n * c >= multiprocessors(index)
     if input.is_contiguous() and out.is_contiguous() and small:

@@ -37,12 +37,6 @@ def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-def empty(shape: torch.Size | tuple[int, ...], like: Tensor, channels_last: bool) -> Tensor:
-    """An uninitialised (N, C, H, W) tensor of the dtype and device of ``like``."""
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
-
-
 def vector_width(extent: int, *tensors: Tensor | None) -> int:
     """Elements an access can have: up to 16 bytes, dividing ``extent``, aligned in every tensor given."""
     bits = extent

@@ -15,7 +15,6 @@ from sf_compile.cuda.launcher import Kernel, load
 from sf_compile.cuda.layout import (
     DTYPES,
     LOWER,
-    empty,
     is_channels_last,
     multiprocessors,
     parameter_dtype,
@@ -25,6 +24,7 @@ from sf_compile.cuda.layout import (
     vector_widths,
 )
 from sf_compile.ops import reference
+from sf_compile.ops.library import empty_image
 from sf_compile.ops.normalize import Norm
 
 SOURCE = "normalize.cu"
@@ -106,10 +106,10 @@ def apply(
     n, c, h, w = x.shape
     left, right, top, bottom = padding
     out_h, out_w = h * upsample + top + bottom, w * upsample + left + right
-    out = empty((n, c, out_h, out_w), x, channels_last)
+    out = empty_image((n, c, out_h, out_w), x, channels_last)
     if not keep or keep_channels_last is None:
         keep_channels_last = channels_last
-    kept = empty(x.shape, x, keep_channels_last) if keep else None
+    kept = empty_image(x.shape, x, keep_channels_last) if keep else None
     if out.numel() == 0:
         return out, kept
     weight, bias, mean, variance = norm.weight, norm.bias, _float(norm.mean), _float(norm.variance)
@@ -159,20 +159,8 @@ def _row_segments(index: int, images: int, rows: int, width: int, columns: int) 
     return -(-width // length), length
 
 
-def normalize(
-    input: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str,
-    residual: Tensor | None,
-    channels_last: bool,
-) -> Tensor:
-    """``styleforge::normalize`` on a GPU."""
+def normalize(input: Tensor, norm: Norm, residual: Tensor | None, channels_last: bool) -> Tensor:
+    """``styleforge::normalize``; its arguments have been checked."""
     if not usable(input):
-        out = reference.normalize(input, mean, variance, weight, bias, eps, activation, residual)
-        return reference.layout(out, channels_last)
-    norm = Norm(mean, variance, weight, bias, eps, activation)
+        return reference.layout(reference.normalize(input, *norm, residual), channels_last)
     return apply(input, norm, residual, 1, (0, 0, 0, 0), "zeros", channels_last)[0]

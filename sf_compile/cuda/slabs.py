@@ -72,8 +72,9 @@ def cut(x: Tensor, threads: int, resident: int, *others: Tensor | None) -> Slabs
 def _lanes(n: int, c: int, vector: int, blocks: int, size: int) -> int:
     """How many neighbouring accesses of a pixel make a group, for a picture of ``size`` bytes.
 
-    Many, so that whole lines of memory are read; fewer (64 bytes still fill the sectors of DRAM) where merging
-    the moments, a fixed time for every channel of the group and slice, would weigh against a small slab.
+    Many, so that whole lines of memory are read; fewer (64 bytes still fill the sectors of DRAM) where
+    merging the moments, a fixed time for every channel of the group and slice, would weigh against a small
+    slab.
     """
     slab = size // blocks
     for lanes in _LANES:

@@ -32,7 +32,7 @@ from sf_compile.ops.checks import (
     statistics_dtype,
 )
 from sf_compile.ops.instance_statistics import statistics_gradient
-from sf_compile.ops.library import register
+from sf_compile.ops.library import empty_image, register
 from sf_compile.ops.normalize import Norm, normalize_gradients
 
 SCHEMA = (
@@ -178,15 +178,14 @@ def _cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a = Arguments(*arguments)
     height, width = check(a)
-    memory_format = torch.channels_last if a.channels_last else torch.contiguous_format
     n, c = a.input.shape[0], a.weight.shape[0]
-    dtype, device = a.input.dtype, a.input.device
+    dtype = a.input.dtype
     shape = (n, c) if a.statistics else (0,)
     kept = absent(a.input, dtype)
     if a.keep_input:
-        kept = torch.empty(a.input.shape, dtype=dtype, device=device, memory_format=memory_format)
+        kept = empty_image(a.input.shape, a.input, a.channels_last)
     return (
-        torch.empty((n, c, height, width), dtype=dtype, device=device, memory_format=memory_format),
+        empty_image((n, c, height, width), a.input, a.channels_last),
         a.input.new_empty(shape, dtype=statistics_dtype(dtype)),
         a.input.new_empty(shape, dtype=statistics_dtype(dtype)),
         kept,
@@ -245,7 +244,7 @@ def _backward(
     if grad_z is None:
         return (None,) * len(a)
     gradients: dict[str, Tensor | None] = {"weight": grad_weight, "bias": grad_bias}
-    norm = normalize_gradients(grad_z, a.input, *a.norm)
+    norm = normalize_gradients(grad_z, a.input, a.norm)
     gradients.update(input=norm.input.to(a.input.dtype), mean=norm.mean, variance=norm.variance)
     gradients.update(norm_weight=norm.weight, norm_bias=norm.bias)
     if a.residual is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from torch import Tensor
 from sf_compile.ops import reference
 from sf_compile.ops.checks import ACTIVATIONS, check_channels, check_choice, check_image, check_residual
 from sf_compile.ops.instance_statistics import statistics_gradient
-from sf_compile.ops.library import register
-from sf_compile.ops.normalize import normalize_gradients
+from sf_compile.ops.library import empty_image, register
+from sf_compile.ops.normalize import Norm, normalize_gradients
 
 SCHEMA = (
     "instance_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, str activation='none', "
@@ -19,69 +19,61 @@ SCHEMA = (
 )
 
 
-def _check(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str, residual: Tensor | None
-) -> None:
-    check_image("instance_norm", input)
-    check_channels("instance_norm", input, weight=weight, bias=bias)
-    check_choice("instance_norm", "activation", activation, ACTIVATIONS)
-    check_residual("instance_norm", input, residual)
+class Arguments(NamedTuple):
+    """The op's arguments, in the schema's order."""
+
+    input: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    activation: str = "none"
+    residual: Tensor | None = None
+    channels_last: bool = False
+
+    def norm(self, mean: Tensor, variance: Tensor) -> Norm:
+        """The norm by these statistics, and the activation."""
+        return Norm(mean, variance, self.weight, self.bias, self.eps, self.activation)
 
 
-def _cpu(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    channels_last: bool = False,
-) -> Tensor:
-    _check(input, weight, bias, activation, residual)
-    mean, variance = reference.statistics(input)
-    out = reference.normalize(input, mean, variance, weight, bias, eps, activation, residual)
-    return reference.layout(out, channels_last)
+def _check(a: Arguments) -> None:
+    check_image("instance_norm", a.input)
+    check_channels("instance_norm", a.input, weight=a.weight, bias=a.bias)
+    check_choice("instance_norm", "activation", a.activation, ACTIVATIONS)
+    check_residual("instance_norm", a.input, a.residual)
 
 
-def _cuda(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    channels_last: bool = False,
-) -> Tensor:
+def _cpu(*arguments: Any) -> Tensor:
+    a = Arguments(*arguments)
+    _check(a)
+    norm = a.norm(*reference.statistics(a.input))
+    return reference.layout(reference.normalize(a.input, *norm, a.residual), a.channels_last)
+
+
+def _cuda(*arguments: Any) -> Tensor:
     from sf_compile.cuda import instance_norm as cuda
 
-    _check(input, weight, bias, activation, residual)
-    return cuda.instance_norm(input, weight, bias, eps, activation, residual, channels_last)
+    a = Arguments(*arguments)
+    _check(a)
+    return cuda.instance_norm(a)
 
 
-def _fake(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    channels_last: bool = False,
-) -> Tensor:
-    _check(input, weight, bias, activation, residual)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
+def _fake(*arguments: Any) -> Tensor:
+    a = Arguments(*arguments)
+    _check(a)
+    return empty_image(a.input.shape, a.input, a.channels_last)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, bias, eps, activation, residual, _ = inputs
-    ctx.save_for_backward(input, weight, bias)
-    ctx.eps, ctx.activation, ctx.has_residual = eps, activation, residual is not None
+    a = Arguments(*inputs)
+    ctx.save_for_backward(a.input, a.weight, a.bias)
+    ctx.eps, ctx.activation, ctx.has_residual = a.eps, a.activation, a.residual is not None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, bias = ctx.saved_tensors
     mean, variance = torch.ops.styleforge.instance_statistics.default(input)
-    grads = normalize_gradients(grad, input, mean, variance, weight, bias, ctx.eps, ctx.activation)
+    norm = Norm(mean, variance, weight, bias, ctx.eps, ctx.activation)
+    grads = normalize_gradients(grad, input, norm)
     through = statistics_gradient(input, mean, grads.mean, grads.variance)
     grad_input = grads.input if through is None else grads.input + through
     grad_residual = grad if ctx.has_residual else None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("styleforge", "DEF")
 
@@ -36,3 +37,9 @@ def register(
     torch.library.register_autograd(
         f"styleforge::{name}", backward, setup_context=setup_context, lib=LIBRARY
     )
+
+
+def empty_image(shape: Any, like: Tensor, channels_last: bool) -> Tensor:
+    """An uninitialised (N, C, H, W) tensor in the dtype and on the device of ``like``, dense in a layout."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sf_compile.ops import reference
 from sf_compile.ops.checks import ACTIVATIONS, check_choice, check_image, check_norm, check_residual
-from sf_compile.ops.library import register
+from sf_compile.ops.library import empty_image, register
 
 SCHEMA = (
     "normalize(Tensor input, Tensor? mean, Tensor? variance, Tensor? weight, Tensor? bias, float eps, "
@@ -47,20 +47,12 @@ def _like(grad: Tensor, vector: Tensor) -> Tensor:
     return (grad.sum(0) if vector.dim() == 1 else grad).to(vector.dtype)
 
 
-def normalize_gradients(
-    grad: Tensor,
-    input: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str,
-) -> NormGradients:
+def normalize_gradients(grad: Tensor, input: Tensor, norm: Norm) -> NormGradients:
     """Gradients of act(a) with a = (x - m) s w + b and s = 1 / sqrt(v + eps), all (N, C, H, W) or (C,).
 
     da/dx = s w, da/dm = -s w, da/dv = -(x - m) s^3 w / 2, da/dw = (x - m) s, da/db = 1.
     """
+    mean, variance, weight, bias, eps, activation = norm
     centred = input.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
     grad = grad.to(centred.dtype)
     if mean is None or variance is None:
@@ -86,81 +78,62 @@ def normalize_gradients(
     )
 
 
-def _check(
-    input: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-) -> None:
-    check_image("normalize", input)
-    check_norm("normalize", input, mean, variance, weight, bias)
-    check_choice("normalize", "activation", activation, ACTIVATIONS)
-    check_residual("normalize", input, residual)
+class Arguments(NamedTuple):
+    """The op's arguments, in the schema's order."""
+
+    input: Tensor
+    mean: Tensor | None
+    variance: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    activation: str = "none"
+    residual: Tensor | None = None
+    channels_last: bool = False
+
+    @property
+    def norm(self) -> Norm:
+        """What is applied to ``input`` before the residual is added."""
+        return Norm(self.mean, self.variance, self.weight, self.bias, self.eps, self.activation)
 
 
-def _cpu(
-    input: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    channels_last: bool = False,
-) -> Tensor:
-    _check(input, mean, variance, weight, bias, activation, residual)
-    out = reference.normalize(input, mean, variance, weight, bias, eps, activation, residual)
-    return reference.layout(out, channels_last)
+def _check(a: Arguments) -> None:
+    check_image("normalize", a.input)
+    check_norm("normalize", a.input, a.mean, a.variance, a.weight, a.bias)
+    check_choice("normalize", "activation", a.activation, ACTIVATIONS)
+    check_residual("normalize", a.input, a.residual)
 
 
-def _cuda(
-    input: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    channels_last: bool = False,
-) -> Tensor:
+def _cpu(*arguments: Any) -> Tensor:
+    a = Arguments(*arguments)
+    _check(a)
+    return reference.layout(reference.normalize(a.input, *a.norm, a.residual), a.channels_last)
+
+
+def _cuda(*arguments: Any) -> Tensor:
     from sf_compile.cuda import normalization
 
-    _check(input, mean, variance, weight, bias, activation, residual)
-    return normalization.normalize(
-        input, mean, variance, weight, bias, eps, activation, residual, channels_last
-    )
+    a = Arguments(*arguments)
+    _check(a)
+    return normalization.normalize(a.input, a.norm, a.residual, a.channels_last)
 
 
-def _fake(
-    input: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    channels_last: bool = False,
-) -> Tensor:
-    _check(input, mean, variance, weight, bias, activation, residual)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
+def _fake(*arguments: Any) -> Tensor:
+    a = Arguments(*arguments)
+    _check(a)
+    return empty_image(a.input.shape, a.input, a.channels_last)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, mean, variance, weight, bias, eps, activation, residual, _ = inputs
-    ctx.save_for_backward(input, mean, variance, weight, bias)
-    ctx.eps, ctx.activation, ctx.has_residual = eps, activation, residual is not None
+    a = Arguments(*inputs)
+    ctx.save_for_backward(a.input, a.mean, a.variance, a.weight, a.bias)
+    ctx.eps, ctx.activation, ctx.has_residual = a.eps, a.activation, a.residual is not None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, mean, variance, weight, bias = ctx.saved_tensors
-    grads = normalize_gradients(grad, input, mean, variance, weight, bias, ctx.eps, ctx.activation)
+    norm = Norm(mean, variance, weight, bias, ctx.eps, ctx.activation)
+    grads = normalize_gradients(grad, input, norm)
     grad_residual = grad if ctx.has_residual else None
     return grads.input.to(input.dtype), *grads[1:], None, None, grad_residual, None
 
