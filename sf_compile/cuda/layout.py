@@ -29,7 +29,7 @@ def parameter_dtypes(dtype: int) -> tuple[int, ...]:
 def parameter_dtype(dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None) -> int | None:
     """PARAMETER for a norm's weight and bias beside a picture; None where no kernel takes them."""
     found = {v.dtype for v in (weight, bias) if v is not None} or {dtype}
-    return DTYPES[found.pop()] if len(found) == 1 and found <= {dtype, torch.float32} else None
+    return DTYPES.get(found.pop()) if len(found) == 1 and found <= {dtype, torch.float32} else None
 
 
 def is_channels_last(x: Tensor) -> bool:
