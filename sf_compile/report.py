@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from sf_compile.backend import Analysis, analyse
 from sf_compile.graph.plan import Decision, describe
@@ -82,7 +82,8 @@ class Report:
     def __str__(self) -> str:
         replaced = sum(site.nodes for site in self.fused)
         total = replaced + len(self.untouched)
-        lines = [f"styleforge: {len(self.fused)} fused sites replace {replaced} of {total} operations"]
+        sites = "1 fused site replaces" if len(self.fused) == 1 else f"{len(self.fused)} fused sites replace"
+        lines = [f"styleforge: {sites} {replaced} of {total} operations"]
         lines += _table([(s.node, s.pattern, f"{s.nodes} nodes", s.layout, s.why) for s in self.fused])
         if self.skipped:
             lines.append(f"left alone, with a reason: {len(self.skipped)}")
@@ -110,7 +111,10 @@ def explain(
     """Say what ``torch.compile(model, backend="styleforge")`` does for these inputs.
 
     Runs ``model`` once on ``inputs`` under Dynamo, with its original operations: nothing is rewritten and no
-    kernel is compiled. The decisions are those of the current grad mode, autocast state and device.
+    kernel is compiled. The decisions are those of the current grad mode, autocast state and device, and of a
+    first call: like ``torch._dynamo.explain``, this calls ``torch.compiler.reset()``, so models that were
+    compiled before compile again at their next call. Buffers that the run writes to (the running statistics
+    of a batch norm in training) are put back.
 
     Args:
         model: Module or function.
@@ -130,10 +134,29 @@ def explain(
 
     counters = torch._dynamo.utils.counters["graph_break"]
     before = dict(counters)
-    compiled = torch.compile(model, backend=collect)
-    compiled(*inputs, **keyword_inputs)
+    buffers = _buffers(model)
+    # Without the resets, Dynamo's recompilation limit would make a model's ninth report an empty one.
+    torch.compiler.reset()
+    try:
+        torch.compile(model, backend=collect)(*inputs, **keyword_inputs)
+    finally:
+        torch.compiler.reset()
+        _restore(buffers)
     breaks = [reason for reason, count in counters.items() for _ in range(count - before.get(reason, 0))]
     return _report(analyses, breaks, settings)
+
+
+def _buffers(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each buffer of ``model`` with a copy of its value."""
+    buffers = model.buffers() if isinstance(model, nn.Module) else ()
+    return [(buffer, buffer.detach().clone()) for buffer in buffers if not nn.parameter.is_lazy(buffer)]
+
+
+def _restore(buffers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 def _report(analyses: Sequence[Analysis], breaks: Sequence[str], options: Options) -> Report:

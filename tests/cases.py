@@ -43,6 +43,7 @@ def picture(
 
 def relative_error(out: Tensor, exact: Tensor) -> float:
     """||out - exact|| / ||exact|| in float64; NaN if anything is not finite."""
+    out, exact = out.detach(), exact.detach()
     difference = (out.double() - exact.double()).norm()
     return float(difference / exact.double().norm().clamp_min(1e-30))
 

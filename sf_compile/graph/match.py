@@ -3,7 +3,8 @@
     upsample -> pad -> conv -> norm -> relu -> add  =>  Match("upsample+pad+conv+norm+relu+add")
 
 A chain is followed only through tensors with a single reader; it ends where another reader needs
-the tensor, and the step that could not be taken is reported with that reason.
+the tensor, or where a barrier lies between a step and the next, and the step that could not be taken
+is reported with that reason.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from sf_compile.graph.normalize import NormalizedGraph
 from sf_compile.graph.patterns import Add, Conv, Miss, Norm, Pad, Relu, Step, Upsample
 
 log = logging.getLogger(__name__)
+
+# What a site can end with, and never starts with.
+_ENDS = frozenset({spelling.RELU, spelling.ADD})
 
 
 @dataclass(frozen=True)
@@ -77,18 +81,25 @@ def match(graph: NormalizedGraph) -> Matches:
     """Find every site of ``graph``; no node belongs to two."""
     finder = _Finder(graph)
     for node in graph.graph.nodes:
-        if node.target in patterns.CONVOLUTIONS:
+        if finder.operation(node) in patterns.CONVOLUTIONS:
             finder.visit(node, patterns.CONVOLUTIONS[node.target])
     for node in graph.graph.nodes:
-        if node.target in patterns.NORMS and node not in finder.taken:
+        if finder.operation(node) in patterns.NORMS and node not in finder.taken:
             finder.visit(node, patterns.NORMS[node.target])
     sites = sorted(finder.sites, key=lambda site: finder.order[site.anchor])
     finder.report_leftovers()
+    taken = {node.name for node in finder.taken}
+    misses = tuple(miss for miss in finder.misses.values() if miss.node not in taken)
     for site in sites:
         log.debug("match: %s", site)
-    for miss in finder.misses.values():
+    for miss in misses:
         log.debug("left alone: %s: %s", miss.node, miss.reason)
-    return Matches(tuple(sites), tuple(finder.misses.values()))
+    return Matches(tuple(sites), misses)
+
+
+def _is_functorch(node: fx.Node) -> bool:
+    """Whether ``node`` enters or leaves a torch.func transform (grad, vmap, jvp, ...)."""
+    return "functorch" in (getattr(node.target, "__module__", None) or "")
 
 
 class _Finder:
@@ -98,10 +109,15 @@ class _Finder:
         self.taken: set[fx.Node] = set()
         self.sites: list[Match] = []
         self.misses: dict[str, Miss] = {}
+        self.transform = next((node.name for node in graph.graph.nodes if _is_functorch(node)), None)
 
     def miss(self, miss: Miss) -> None:
         """Keep the first reason given for a node."""
         self.misses.setdefault(miss.node, miss)
+
+    def operation(self, node: fx.Node) -> Any:
+        """The target of a node in canonical form; None for any other."""
+        return node.target if node in self.graph.canonical else None
 
     def visit(self, node: fx.Node, rule: Any) -> None:
         """Grow a site around ``node``, and take it if it may and should be fused."""
@@ -121,7 +137,7 @@ class _Finder:
         """The site of a convolution: backwards through pad and upsample, then forwards."""
         site = Match(conv=conv)
         input = conv.input
-        if input.target is spelling.PAD and self.single_reader(input, conv.node):
+        if self.operation(input) is spelling.PAD and self.joins(input, conv.node):
             pad = patterns.pad(input)
             if isinstance(pad, Miss):
                 self.miss(pad)
@@ -129,7 +145,7 @@ class _Finder:
                 self.miss(Miss(input.name, f"{pad.mode} padding in front of the convolution's own zeros"))
             else:
                 site, input = replace(site, pad=pad), pad.input
-        if input.target is spelling.INTERPOLATE and self.single_reader(input, site.steps[0].node):
+        if self.operation(input) is spelling.INTERPOLATE and self.joins(input, site.steps[0].node):
             upsample = patterns.upsample(input)
             if isinstance(upsample, Miss):
                 self.miss(upsample)
@@ -140,19 +156,19 @@ class _Finder:
     def forward(self, site: Match) -> Match:
         """Follow the chain from the site's end: norm, then relu, then add."""
         node = self.next(site)
-        if node is not None and site.norm is None and node.target in patterns.NORMS:
+        if node is not None and site.norm is None and self.operation(node) in patterns.NORMS:
             norm = patterns.NORMS[node.target](node)
             if isinstance(norm, Miss):
                 self.miss(norm)
                 return site
             site = replace(site, norm=norm)
             node = self.next(site)
-        if node is not None and node.target is spelling.RELU:
+        if node is not None and self.operation(node) is spelling.RELU:
             relu = patterns.relu(node)
             if isinstance(relu, Relu):
                 site = replace(site, relu=relu)
                 node = self.next(site)
-        if node is not None and node.target is spelling.ADD and node not in self.taken:
+        if node is not None and self.operation(node) is spelling.ADD and node not in self.taken:
             add = patterns.add(node, site.output)
             if isinstance(add, Miss):
                 self.miss(add)
@@ -161,16 +177,24 @@ class _Finder:
         return site
 
     def next(self, site: Match) -> fx.Node | None:
-        """The only reader of the site's output, or None."""
+        """The only reader of the site's output; None if there is none, or a barrier lies before it."""
         readers = list(site.output.users)
-        return readers[0] if len(readers) == 1 else None
+        if len(readers) != 1:
+            return None
+        barrier = self.barrier(site.output, readers[0])
+        if barrier is not None and self.operation(readers[0]) in _ENDS:
+            self.miss(Miss(readers[0].name, barrier))
+        return readers[0] if barrier is None else None
 
     def available(self, residual: fx.Node, site: Match) -> bool:
         """Whether ``residual`` is there without the site having run (it may be another site's output)."""
         return residual not in {step.node for step in site.steps}
 
-    def single_reader(self, node: fx.Node, reader: fx.Node) -> bool:
-        """Whether only ``reader`` reads ``node``; if not, say who else does."""
+    def joins(self, node: fx.Node, reader: fx.Node) -> bool:
+        """Whether ``reader`` alone reads ``node``, and no barrier lies between; if not, say why."""
+        if (barrier := self.barrier(node, reader)) is not None:
+            self.miss(Miss(node.name, barrier))
+            return False
         others = [user.name for user in node.users if user is not reader]
         if others or node in self.taken:
             self.miss(Miss(node.name, f"also read by {', '.join(others) or 'another site'}"))
@@ -179,22 +203,23 @@ class _Finder:
 
     def refusal(self, site: Match) -> str | None:
         """Why a well-formed site must not, or need not, be fused; None if it should be."""
+        if self.transform is not None:
+            return f"a torch.func transform in the graph ({self.transform}): the ops have no rule for it"
         inside = [step.node.name for step in site.steps if step.node.name in self.graph.autocast]
         if inside:
             return f"autocast region around {inside[0]}"
         if torch.is_autocast_enabled(patterns.value_of(site.output).device.type):
             return "autocast is active"
-        if (barrier := self.barrier(site)) is not None:
-            return f"{barrier} writes in place, or switches a mode, inside the chain"
         padding = site.pad is not None and any(site.pad.padding)
         if site.norm is None and site.upsample is None and not padding:
             return "a convolution with nothing around it that fusion saves"
         return None
 
-    def barrier(self, site: Match) -> str | None:
-        """A barrier strictly between the site's first and last node."""
-        first, last = self.order[site.steps[0].node], self.order[site.output]
-        return next((b.name for b in self.graph.barriers if first < self.order[b] < last), None)
+    def barrier(self, node: fx.Node, reader: fx.Node) -> str | None:
+        """What keeps ``node`` and ``reader`` apart: a barrier between the two, or None."""
+        first, last = self.order[node], self.order[reader]
+        name = next((b.name for b in self.graph.barriers if first < self.order[b] < last), None)
+        return name and f"{name} writes in place, or switches a mode, between {node.name} and {reader.name}"
 
     def report_leftovers(self) -> None:
         """Say of each unfused pad and upsample why it stayed."""
@@ -202,9 +227,9 @@ class _Finder:
             if node in self.taken or node.name in self.misses:
                 continue
             step: Step | Miss | None = None
-            if node.target is spelling.PAD:
+            if self.operation(node) is spelling.PAD:
                 step = patterns.pad(node)
-            elif node.target is spelling.INTERPOLATE:
+            elif self.operation(node) is spelling.INTERPOLATE:
                 step = patterns.upsample(node)
             if isinstance(step, Miss):
                 self.miss(step)

@@ -34,7 +34,15 @@ _INPLACE_OPERATORS = frozenset(getattr(operator, name) for name in _INPLACE_NAME
 }
 _ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
 _EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
-_SET_GRAD = torch._C._set_grad_enabled
+# Between a tensor and its reader, these change what the reader computes or what autograd records.
+_MODE_SWITCHES = frozenset(
+    {
+        _ENTER_AUTOCAST,
+        torch._C._set_grad_enabled,
+        torch.autograd.grad_mode._enter_inference_mode,
+        torch.autograd.grad_mode._exit_inference_mode,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -43,11 +51,14 @@ class NormalizedGraph:
 
     Attributes:
         module: The copy.
+        canonical: The nodes in canonical form; any other node with such a target (``torch.add`` of
+            a number, say) means something else.
         barriers: Nodes that write into a tensor or switch a mode, in graph order.
         autocast: Names of the nodes inside an autocast region.
     """
 
     module: fx.GraphModule
+    canonical: frozenset[fx.Node]
     barriers: tuple[fx.Node, ...]
     autocast: frozenset[str]
 
@@ -84,6 +95,7 @@ def normalize(gm: fx.GraphModule, example_inputs: list[Any] | None = None) -> No
         graph.output(value).meta.update(original_output.meta)
     copy = fx.GraphModule(gm, graph)
     _record_values(copy, example_inputs)
+    respelled: set[fx.Node] = set()
     for node in list(graph.nodes):
         spelling = canonical(node)
         if spelling is None or not _is_tensor_operation(node, spelling):
@@ -91,15 +103,20 @@ def normalize(gm: fx.GraphModule, example_inputs: list[Any] | None = None) -> No
         if spelling.inplace and not _make_functional(node, spelling):
             continue
         _respell(node, spelling)
+        respelled.add(node)
     graph.lint()
     copy.recompile()
-    return NormalizedGraph(copy, _barriers(graph), _autocast_regions(graph))
+    return NormalizedGraph(copy, frozenset(respelled), _barriers(graph), _autocast_regions(graph))
 
 
 def _record_values(copy: fx.GraphModule, example_inputs: list[Any] | None) -> None:
-    """Fill in ``example_value`` for graphs that were not made by Dynamo."""
-    calls = [node for node in copy.graph.nodes if node.op in ("call_function", "call_method", "placeholder")]
-    if all("example_value" in node.meta for node in calls) or example_inputs is None:
+    """Fill in ``example_value`` for graphs that were not made by Dynamo.
+
+    Dynamo's own graphs are left alone: they have nodes without a value (mode switches), and running
+    one again with symbolic sizes would add guards, or fail on an ``.item()``.
+    """
+    calls = [node for node in copy.graph.nodes if node.op in ("call_function", "call_method")]
+    if example_inputs is None or any("example_value" in node.meta for node in calls):
         return
     FakeTensorProp(copy).propagate(*example_inputs)
     for node in copy.graph.nodes:
@@ -126,13 +143,16 @@ def _is_tensor_operation(node: fx.Node, spelling: Spelling) -> bool:
 def _make_functional(node: fx.Node, spelling: Spelling) -> bool:
     """Redirect later readers of the tensor that ``node`` overwrites to its result, if nobody can tell."""
     base = spelling.args[0]
-    if base.op != "call_function" or base.target not in FRESH:
+    if base.op != "call_function" or base.target not in FRESH or base.kwargs.get("out") is not None:
         log.debug("in-place %s kept: %s may be seen outside the graph or through a view", node, base)
         return False
     order = {n: i for i, n in enumerate(node.graph.nodes)}
     earlier = [user for user in base.users if order[user] < order[node]]
     if any(user.target not in FRESH for user in earlier):
         log.debug("in-place %s kept: an earlier reader of %s may be a view of it", node, base)
+        return False
+    if any(n.target in _MODE_SWITCHES and order[base] < i < order[node] for n, i in order.items()):
+        log.debug("in-place %s kept: %s was made in another mode", node, base)
         return False
     base.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])
     return True
@@ -146,7 +166,7 @@ def _respell(node: fx.Node, spelling: Spelling) -> None:
 
 
 def _barriers(graph: fx.Graph) -> tuple[fx.Node, ...]:
-    return tuple(node for node in graph.nodes if writes(node) or node.target in (_ENTER_AUTOCAST, _SET_GRAD))
+    return tuple(node for node in graph.nodes if writes(node) or node.target in _MODE_SWITCHES)
 
 
 def writes(node: fx.Node) -> bool:
@@ -164,10 +184,15 @@ def writes(node: fx.Node) -> bool:
         return True
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        # An overload with an out= argument is another matter: that one is in the node's kwargs.
+        schemas = (getattr(target, overload)._schema for overload in target.overloads())
+        arguments = (argument for schema in schemas for argument in schema.arguments)
+        return any(a.alias_info is not None and a.alias_info.is_write and not a.is_out for a in arguments)
     name = getattr(target, "__name__", "")
     if name.endswith("_") and not name.endswith("__"):
         return True
-    return _inplace_argument(node)
+    return name == "triton_kernel_wrapper_mutation" or _inplace_argument(node)
 
 
 def _inplace_argument(node: fx.Node) -> bool:

@@ -114,9 +114,19 @@ def _image(node: fx.Node, what: str) -> Miss | None:
     return None
 
 
+def dense(value: torch.Tensor) -> bool:
+    """Whether (N, C, H, W) is surely contiguous or channels_last, the two layouts that the ops return."""
+    _, c, h, w = value.shape
+    for strides in ((c * h * w, h * w, w, 1), (c * h * w, 1, w * c, c)):
+        pairs = zip(value.shape, value.stride(), strides, strict=True)
+        if all(statically_known_true(size == 1) or statically_known_true(a == b) for size, a, b in pairs):
+            return True
+    return False
+
+
 def upsample(node: fx.Node) -> Upsample | Miss:
     """F.interpolate, nearest, by a whole number of 2 to 8, the same in both directions."""
-    input, _, _, mode, _, recompute, antialias = _arguments(node)
+    input, _, scales, mode, _, recompute, antialias = _arguments(node)
     if mode != "nearest":
         return Miss(node.name, f"upsampling mode {mode!r}: only nearest is an index map")
     if recompute or antialias:
@@ -125,10 +135,22 @@ def upsample(node: fx.Node) -> Upsample | Miss:
         return miss
     assert isinstance(input, fx.Node)
     small, large = value_of(input), value_of(node)
+    # A scale of 2.05 can give the size of a scale of 2, by another index map.
+    given = scales if isinstance(scales, tuple | list) else (scales,)
     for factor in UPSAMPLE_FACTORS:
-        if all(statically_known_true(large.shape[i] == factor * small.shape[i]) for i in (2, 3)):
+        if all(statically_known_true(large.shape[i] == factor * small.shape[i]) for i in (2, 3)) and all(
+            scale is None or _equals(scale, factor) for scale in given
+        ):
             return Upsample(node, input, factor)
     return Miss(node.name, "upsampling by a scale that is not one whole number of 2 to 8")
+
+
+def _equals(scale: Any, factor: int) -> bool:
+    """Whether a number, or a node that Dynamo recorded one for, is surely ``factor``."""
+    value = value_of(scale) if isinstance(scale, fx.Node) else scale
+    if not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        return False
+    return statically_known_true(value == factor)
 
 
 def pad(node: fx.Node) -> Pad | Miss:
@@ -229,6 +251,8 @@ def add(node: fx.Node, branch: fx.Node) -> Add | Miss:
     first, second = _arguments(node)
     if first is second:
         return Miss(node.name, "adds a tensor to itself")
+    if not dense(value_of(node)):
+        return Miss(node.name, "adds into strides that are neither contiguous nor channels_last")
     other = second if first is branch else first
     assert isinstance(other, fx.Node)
     return Add(node, branch, other)

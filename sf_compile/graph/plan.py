@@ -152,7 +152,8 @@ class _Planner:
         """A bias before an instance norm has no effect; training still wants its (zero) gradient."""
         if site.conv is None or site.conv.bias is None or site.norm is None or site.norm.mean is not None:
             return False
-        return not (torch.is_grad_enabled() and value_of(site.conv.bias).requires_grad)
+        switches = any(node.target is torch._C._set_grad_enabled for node in self.graph.barriers)
+        return not ((torch.is_grad_enabled() or switches) and value_of(site.conv.bias).requires_grad)
 
     def layout(self, site: Match) -> bool:
         """The layout of the site's output: the model's own where anything else reads it."""
