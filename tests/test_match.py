@@ -8,22 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import (
-    FUSES,
-    MODES,
-    SHAPE,
-    Net,
-    autocast_part,
-    block,
-    capture,
-    double,
-    found,
-    fuse,
-    grad_switched_inside,
-    hand,
-    mutated_between,
-    reflect,
-)
+from graphs import MODES, SHAPE, capture, found, fuse, hand
+from networks import FUSES, Net, autocast_part, block, double, grad_switched_inside, mutated_between, reflect
 from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv

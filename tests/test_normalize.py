@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import MODES, SHAPE, Net, capture, double, fuse, hand, named, reflect, targets
+from graphs import MODES, SHAPE, capture, fuse, hand, named, targets
+from networks import Net, double, reflect
 from torch import fx, nn
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 from torch.utils.checkpoint import checkpoint
@@ -32,14 +33,17 @@ def checked(build: Any) -> tuple[fx.GraphModule, fx.GraphModule, Any]:
     return gm, normalized.module, normalized
 
 
+def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    return (graph.call_method if isinstance(target, str) else graph.call_function)(target, args, kwargs)
+
+
 def function(target: Any, *args: Any, **kwargs: Any) -> Any:
-    """Build a graph that returns ``target(x, ...)``; strings name the inputs."""
+    """Build a graph that returns ``target(...)``; the letters x, r, w, v name the inputs."""
 
     def build(graph: fx.Graph, x: fx.Node, r: fx.Node, w: fx.Node, v: fx.Node) -> fx.Node:
         nodes = {"x": x, "r": r, "w": w, "v": v}
         fill = lambda value: nodes.get(value, value) if isinstance(value, str) else value  # noqa: E731
-        make = graph.call_method if isinstance(target, str) else graph.call_function
-        return make(target, tuple(map(fill, args)), {key: fill(value) for key, value in kwargs.items()})
+        return call(graph, target, *map(fill, args), **{key: fill(value) for key, value in kwargs.items()})
 
     return build
 
@@ -110,29 +114,16 @@ def test_module_as_dynamo_spells_it(module, target):
     assert [node.target for node in normalized.graph.nodes if node in normalized.canonical][-1] is target
 
 
-# One operation each, in place, as (graph, tensor written to[, tensor added]).
-INPLACE_RELU = [
-    lambda g, y: g.call_function(F.relu, (y,), {"inplace": True}),
-    lambda g, y: g.call_function(torch.relu_, (y,)),
-    lambda g, y: g.call_function(F.relu_, (y,)),
-    lambda g, y: g.call_method("relu_", (y,)),
-]
-INPLACE_ADD = [
-    lambda g, y, r: g.call_function(operator.iadd, (y, r)),
-    lambda g, y, r: g.call_method("add_", (y, r)),
-    lambda g, y, r: g.call_method("__iadd__", (y, r)),
-    lambda g, y, r: g.call_method("add_", (y,), {"other": r, "alpha": 1}),
-]
-
-
-@pytest.mark.parametrize("write", INPLACE_RELU)
-def test_inplace_relu_of_a_fresh_tensor(write):
+@pytest.mark.parametrize(
+    ("target", "kwargs"), [(F.relu, {"inplace": True}), (torch.relu_, {}), (F.relu_, {}), ("relu_", {})]
+)
+def test_inplace_relu_of_a_fresh_tensor(target, kwargs):
     def build(g, x, r, w, v):
-        y = g.call_function(torch.conv2d, (x, w, v))
-        earlier = g.call_function(F.pad, (y, (1, 1)))
-        write(g, y)
+        y = call(g, torch.conv2d, x, w, v)
+        earlier = call(g, F.pad, y, (1, 1))
+        call(g, target, y, **kwargs)
         # Written through its old name, the tensor is read again by a concatenation and the output.
-        return earlier, g.call_function(torch.cat, ([y, y],)), y
+        return earlier, call(g, torch.cat, [y, y]), y
 
     _, copy, normalized = checked(build)
     assert targets(copy.graph) == [CONV2D, PAD, RELU, torch.cat] and normalized.barriers == ()
@@ -142,11 +133,11 @@ def test_inplace_relu_of_a_fresh_tensor(write):
     assert named(copy.graph, "output").args[0][2] is relu
 
 
-@pytest.mark.parametrize("write", INPLACE_ADD)
-def test_inplace_add_of_a_fresh_tensor(write):
+@pytest.mark.parametrize("target", [operator.iadd, "add_", "__iadd__"])
+def test_inplace_add_of_a_fresh_tensor(target):
     def build(g, x, r, w, v):
-        y = g.call_function(torch.relu, (x,))
-        return write(g, y, r), y
+        y = call(g, torch.relu, x)
+        return call(g, target, y, r), y
 
     _, copy, normalized = checked(build)
     assert targets(copy.graph) == [RELU, ADD] and normalized.barriers == ()
@@ -176,39 +167,30 @@ def test_iadd_of_a_residual_either_way(body, dynamic):
 
 
 def no_grad_between(g, x, r, w, v):
-    y = g.call_function(torch.relu, (x,))
-    g.call_function(torch._C._set_grad_enabled, (False,))
-    g.call_method("relu_", (y,))
-    g.call_function(torch._C._set_grad_enabled, (True,))
+    y = call(g, torch.relu, x)
+    call(g, torch._C._set_grad_enabled, False)
+    call(g, "relu_", y)
+    call(g, torch._C._set_grad_enabled, True)
     return y
 
 
-def written_into_another(g, x, r, w, v):
-    y = g.call_function(torch.add, (x, r), {"out": r})
-    return g.call_method("relu_", (y,)), r
-
-
+# A graph in which the tensor written to may be seen by others, or the write is no known operation.
 REFUSED = {
-    "graph input": lambda g, x, r, w, v: (g.call_method("relu_", (x,)), x),
-    "unknown producer": lambda g, x, r, w, v: (
-        y := g.call_function(operator.mul, (x, 2)), g.call_method("relu_", (y,))
-    ),
+    "graph input": lambda g, x, r, w, v: (call(g, "relu_", x), x),
+    "unknown producer": lambda g, x, r, w, v: call(g, "relu_", call(g, operator.mul, x, 2)),
     "view method": lambda g, x, r, w, v: (
-        y := g.call_function(torch.relu, (x,)), g.call_method("view", (y, -1)), g.call_method("add_", (y, r))
+        y := call(g, RELU, x), call(g, "view", y, -1), call(g, "add_", y, r)
     ),
     "view function": lambda g, x, r, w, v: (
-        y := g.call_function(torch.relu, (x,)), g.call_function(operator.getitem, (y, 0)),
-        g.call_function(operator.iadd, (y, r)),
+        y := call(g, RELU, x), call(g, operator.getitem, y, 0), call(g, operator.iadd, y, r)
     ),
     "two names of one tensor": lambda g, x, r, w, v: (
-        y := g.call_function(torch.relu, (x,)), g.call_method("mul_", (y, 2)), g.call_method("add_", (y, r))
+        y := call(g, RELU, x), call(g, "mul_", y, 2), call(g, "add_", y, r)
     ),
-    "scaled add_": lambda g, x, r, w, v: (
-        y := g.call_function(RELU, (x,)), g.call_method("add_", (y, r), {"alpha": 2})
-    ),
-    "add_ of a number": lambda g, x, r, w, v: g.call_method("add_", (g.call_function(RELU, (x,)), 1)),
+    "scaled add_": lambda g, x, r, w, v: call(g, "add_", call(g, RELU, x), r, alpha=2),
+    "add_ of a number": lambda g, x, r, w, v: call(g, "add_", call(g, RELU, x), 1),
     "written under no_grad": no_grad_between,
-    "producer with out=": written_into_another,
+    "producer with out=": lambda g, x, r, w, v: (call(g, "relu_", call(g, torch.add, x, r, out=r)), r),
 }  # fmt: skip
 
 
@@ -304,9 +286,9 @@ def test_mode_switches_are_barriers(dynamic, mode):
         function(torch.add, "x", 1),
         function(torch.add, "x", "r", alpha=2),
         function(torch.add, "r", 1, out="r"),
-        lambda g, x, r, w, v: g.call_function(torch.add, (x, g.call_method("sum", (r, 3, True)))),
-        lambda g, x, r, w, v: g.call_function(operator.add, (x, g.call_method("double", (r,)))),
-        lambda g, x, r, w, v: g.call_function(operator.add, (g.call_method("size", (x, 2)), 1)),
+        lambda g, x, r, w, v: call(g, torch.add, x, call(g, "sum", r, 3, True)),
+        lambda g, x, r, w, v: call(g, operator.add, x, call(g, "double", r)),
+        lambda g, x, r, w, v: call(g, operator.add, call(g, "size", x, 2), 1),
     ],
 )
 def test_other_additions_are_not_canonical(build):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import graphs
+import networks
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import FUSES, MODES, SHAPE, Net, block, capture, hand, preactivation, reflect
+from graphs import MODES, SHAPE, capture, hand
+from networks import FUSES, Net, block, preactivation, reflect
 
 from sf_compile.backend import analyse
 from sf_compile.graph.plan import Plan, describe
@@ -34,7 +35,7 @@ DEFERRALS = {
          ("here", None, False, NOBODY)],
     ),
     "kept for a second convolution": (
-        graphs.read_by_two_convolutions,
+        networks.read_by_two_convolutions,
         [("deferred", 1, True, LATER + "conv2d_1, and kept"), ("deferred", 2, False, LATER + "conv2d_2"),
          ("none", None, False, OWN), ("here", None, False, NOBODY)],
     ),
@@ -42,33 +43,33 @@ DEFERRALS = {
         preactivation, [("deferred", 1, False, LATER + "conv2d"), ("here", None, False, NOBODY)],
     ),
     "of a norm with running statistics": (
-        graphs.running_norm_on_the_way_in,
+        networks.running_norm_on_the_way_in,
         [("deferred", 1, False, LATER + "conv2d"), ("none", None, False, OWN)],
     ),
     "not of a convolution without a norm": (FUSES["reflect"].body, [("none", None, False, OWN)]),
     "an unknown operation reads it first": (
-        graphs.unknown_reader,
+        networks.unknown_reader,
         [("here", None, False, HERE + "sigmoid reads it before conv2d_1"), ("here", None, False, NOBODY)],
     ),
     "an unknown operation reads it later": (
-        graphs.reader_after_the_convolution,
+        networks.reader_after_the_convolution,
         [("deferred", 1, True, LATER + "conv2d_1, and kept"), ("none", None, False, OWN)],
     ),
     "a later reader wants another layout": (
-        graphs.reader_in_another_layout,
+        networks.reader_in_another_layout,
         [("here", None, False, HERE + "sigmoid reads it in another layout"),
          ("deferred", 2, False, LATER + "conv2d_2"), ("here", None, False, NOBODY)],
     ),
     "a write lies between": (
-        graphs.barrier_before_the_convolution,
+        networks.barrier_before_the_convolution,
         [("here", None, False, HERE + "mul_ lies between it and conv2d_1"), ("none", None, False, OWN)],
     ),
     "a mode switch lies between": (
-        graphs.mode_switch_before_the_convolution,
+        networks.mode_switch_before_the_convolution,
         [("here", None, False, HERE + "_enter_autocast lies between it and conv2d_1"),
          ("none", None, False, OWN)],
     ),
-    "its reader is not fused": (graphs.read_by_a_plain_convolution, [("here", None, False, NOBODY)]),
+    "its reader is not fused": (networks.read_by_a_plain_convolution, [("here", None, False, NOBODY)]),
 }  # fmt: skip
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import FUSES, MODES, SHAPE, TANGLED, Net, Rewritten, block, found, fuse, hand, reflect, targets
+from graphs import MODES, SHAPE, Rewritten, found, fuse, hand, targets
+from networks import FUSES, TANGLED, Net, block, reflect
 from torch import Tensor, fx, nn
 
 from sf_compile.backend import analyse
@@ -147,19 +148,19 @@ def test_weights_and_running_statistics_are_read_at_every_call():
 
 
 def test_dynamo_s_graph_and_the_model_are_not_changed():
-    model, x, graphs = Net(BODIES["U-Net"]), torch.randn(SHAPE), []
+    model, x, seen = Net(BODIES["U-Net"]), torch.randn(SHAPE), []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         before = (gm.code, [(node.name, sorted(node.meta)) for node in gm.graph.nodes])
         analysis = analyse(gm, example_inputs, Options())
         module = rewrite(analysis.normalized, analysis.plan)
-        graphs.append((before, (gm.code, [(node.name, sorted(node.meta)) for node in gm.graph.nodes])))
+        seen.append((before, (gm.code, [(node.name, sorted(node.meta)) for node in gm.graph.nodes])))
         assert module is not gm
         return module.forward
 
     state = {key: value.clone() for key, value in model.state_dict().items()}
     torch.compile(model, backend=backend)(x)
-    ((before, after),) = graphs
+    ((before, after),) = seen
     assert before == after
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 

@@ -190,13 +190,10 @@ class _Planner:
             if start < self.order[barrier] < anchor:
                 between = f"{barrier.name} lies between it and {consumer.anchor.name}"
                 return None, f"normalised at its end: {between}"
-        if others and self.layout(site) != self.working_layout(consumer):
+        # A convolution keeps its finished input in the layout of its output.
+        if others and self.layout(site) != self.layout(consumer):
             return None, f"normalised at its end: {others[0].name} reads it in another layout"
         return index, f"normalised on the way into {consumer.anchor.name}" + (", and kept" if others else "")
-
-    def working_layout(self, site: Match) -> bool:
-        """The layout in which a convolution keeps its finished input: that of its output."""
-        return self.layout(site)
 
 
 def describe(decision: Decision) -> dict[str, Any]:
