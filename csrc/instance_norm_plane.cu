@@ -24,7 +24,7 @@ DEVICE Moments block_merge(Moments a) {
   return total;
 }
 
-extern "C" __global__ void __launch_bounds__(512) instance_norm_plane(
+extern "C" __global__ void __launch_bounds__(512, 1) instance_norm_plane(
     const element* __restrict__ x, const element* __restrict__ residual, element* __restrict__ out,
     const parameter* weight, const parameter* bias, float eps, float lower, int channels, int pixels) {
   const i64 plane = (i64)blockIdx.x * pixels;

@@ -5,9 +5,16 @@
 // Which block that is does not matter to the result.
 // Dynamic shared memory: AHEAD * 2 * THREADS vectors. Constants: DTYPE, PARAMETER (unused), CHANNELS_LAST, VECTOR, LANES.
 #define THREADS 512
+// Two blocks a multiprocessor leave 64 registers: too few for one lane a pixel, and for what ptxas makes of
+// the kernel from compute capability 10 on.
+#if __CUDA_ARCH__ >= 1000 || (CHANNELS_LAST && LANES == 1)
+#define RESIDENT 1
+#else
+#define RESIDENT 2
+#endif
 #include "slab.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) statistics(
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) statistics(
     const element* __restrict__ x, float* __restrict__ mean, float* __restrict__ variance,
     Moments* __restrict__ published, u32* __restrict__ tickets, i64 channels, i64 pixels, int slices) {
   extern __shared__ __align__(16) unsigned char shared[];
