@@ -7,10 +7,12 @@ import dataclasses
 import json
 import math
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from sf_compile.bench import instance_norm, network, rows, tables
 from sf_compile.bench.checks import check_error, check_output, relative_error
@@ -151,11 +153,21 @@ def test_every_call_gets_latencies_and_rotating_inputs() -> None:
     seen: dict[str, list[int]] = {"a": [], "b": []}
     calls = {name: (lambda value, name=name: seen[name].append(int(value))) for name in seen}
     inputs = {name: [torch.tensor(0), torch.tensor(1), torch.tensor(2)] for name in seen}
-    samples = interleaved(calls, inputs, Budget(seconds=0.0, rounds=2, pause=0.0, least=3))
+    # Without a warm-up, which calls for a time, the number of calls is known: one, then two of three.
+    samples = interleaved(calls, inputs, Budget(seconds=0.0, rounds=2, pause=0.0, least=3, warm=0.0))
     for name, sample in samples.items():
         assert len(sample.latencies) == 6 and sample.streamed == 6
         assert min(sample.latencies) > 0 and sample.back_to_back > 0
         assert seen[name] == [number % 3 for number in range(2 * (1 + 3 + 3))]
+
+
+def test_a_burst_warms_up_for_its_time_before_it_counts() -> None:
+    calls: list[Tensor] = []
+    budget = Budget(seconds=0.0, rounds=1, pause=0.0, least=2, warm=0.02)
+    begin = time.perf_counter()
+    sample = interleaved({"a": calls.append}, {"a": [torch.zeros(1)]}, budget)["a"]
+    assert time.perf_counter() - begin >= 0.02
+    assert len(sample.latencies) == sample.streamed == 2 and len(calls) > 5
 
 
 def test_sustained_counts_the_second_half() -> None:
@@ -479,3 +491,10 @@ def test_instance_norm_on_a_gpu(tmp_path: Path) -> None:
     written = json.loads(output.read_text())
     assert len(written) == 18
     assert all(0 < row["share_of_copy"] < 1.5 for row in written)
+
+
+def test_variants_are_chosen_by_name_and_an_unknown_one_is_refused() -> None:
+    assert instance_norm.select_variants(None) == instance_norm.VARIANTS
+    assert [variant.name for variant in instance_norm.select_variants(["relu"])] == ["relu"]
+    with pytest.raises(BenchmarkError, match="no variant is called 'tanh'"):
+        instance_norm.select_variants(["tanh"])
