@@ -99,7 +99,7 @@ template <bool kResidual, bool kKeep> DEVICE void write_row(
 }
 
 // Grid (blocks, N, ceil(C / VECTOR / 256)), 256 threads: `lanes` channel groups x pixels. The work is
-// `segments` segments of `segment` pixels for every output row, which has under 2^31 elements; blocks
+// `segments` segments of `segment` pixels for every output row, which has under 2^30 elements; blocks
 // take them in turn.
 extern "C" __global__ void __launch_bounds__(256, 3) normalize(ARGUMENTS, int lanes, int segments, int segment) {
   const Norm norm = {mean, variance, weight, bias, eps, image_stride};

@@ -20,9 +20,8 @@ class Options:
         fallback: What runs the nodes that are not replaced: ``"eager"``, ``"inductor"``, or any
             callable ``(GraphModule, example_inputs) -> callable``, as torch.compile backends are.
         layout: Memory layout of the tensors that never leave a fused region: ``"auto"`` (by device
-            and dtype), ``"channels_last"`` (faster for a float32 model on a GPU, and further from
-            float64 where TF32 is allowed) or ``"contiguous"``. What a model returns always has the
-            strides that eager PyTorch gives it.
+            and dtype), ``"channels_last"`` (on a GPU, other TF32 algorithms of cuDNN than eager's) or
+            ``"contiguous"``. What a model returns always has the strides that eager PyTorch gives it.
         mode: One of torch.compile's four modes. The fused ops run alike in all of them; with
             ``fallback="inductor"`` the mode is Inductor's.
 

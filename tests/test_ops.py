@@ -261,3 +261,14 @@ def test_overlapping_and_strided_inputs_are_read_right(device):
     for x in (base[:, ::2], base[:, :3, ::2, ::3], base.transpose(2, 3), base[:, :1].expand(2, 6, 16, 20)):
         out = ops.instance_norm(x, None, None, 1e-5)
         assert relative_error(out, instance_norm_exact(x, None, None, 1e-5, "none", None)) < 1e-5
+
+
+def test_rows_that_32_bits_cannot_count_are_left_to_pytorch(monkeypatch):
+    from sf_compile.cuda import normalization
+
+    monkeypatch.setattr(normalization, "usable_or_warn", lambda: True)
+    x = torch.empty((1, 64, 4, 2**20), dtype=torch.float16, device="meta")
+    assert normalization.usable(x)
+    assert normalization.usable(x, 2**24 - 1)
+    assert not normalization.usable(x, 2**24)
+    assert not normalization.usable(torch.empty((1, 64, 4, 2**25), dtype=torch.float16, device="meta"))

@@ -30,7 +30,7 @@ class Budget:
 
     `seconds` are spent on latencies and 0.3 times as many on back-to-back calls, over `rounds` rounds;
     `pause` is slept, in seconds, before each burst, which begins with `warm` seconds of calls that are not
-    timed: an idle GPU takes that long to reach its clocks. A burst takes at least `least` calls however
+    timed, so that an idle GPU is back at its clocks. A burst takes at least `least` calls however
     slow they are.
     """
 

@@ -26,10 +26,10 @@ def runs_channels_last(a: Arguments) -> bool:
 
 def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``styleforge::conv2d``; its arguments have been checked."""
-    if not usable(a.input):
+    left, right, top, bottom = a.padding
+    if not usable(a.input, a.input.shape[3] * a.upsample + left + right):
         return composed(a)
     channels_last = runs_channels_last(a)
-    left, right, top, bottom = a.padding
     zeros = a.padding_mode == "zeros" and left == right and top == bottom
     copies = a.upsample > 1 or (any(a.padding) and not zeros)
     in_layout = is_channels_last(a.input) if channels_last else a.input.is_contiguous()

@@ -75,10 +75,15 @@ def _kernel(index: int, variant: Variant) -> Kernel:
     return load(SOURCE, "normalize", variant.constants(), index, signature)
 
 
-def usable(x: Tensor) -> bool:
-    """Whether the kernels take ``x``: a dtype they have, rows they can index, and NVRTC is at hand."""
+def usable(x: Tensor, out_width: int = 0) -> bool:
+    """Whether the kernels take ``x``, to write rows of ``out_width`` pixels if that is more than its own.
+
+    They do for a dtype they have, rows of under 2^30 elements (within a row they count in 32 bits), and
+    where NVRTC is at hand.
+    """
     n, c, _, w = x.shape
-    return x.dtype in DTYPES and x.numel() > 0 and n <= _GRID_LIMIT and c * w < 2**27 and usable_or_warn()
+    indexable = n <= _GRID_LIMIT and c * max(w, out_width) < 2**30
+    return x.dtype in DTYPES and x.numel() > 0 and indexable and usable_or_warn()
 
 
 def _float(vector: Tensor | None) -> Tensor | None:

@@ -1,7 +1,7 @@
 """The ``styleforge`` op namespace: one library object, and one way to register an op on it.
 
-``Library.define`` + ``impl`` is used rather than ``torch.library.custom_op`` because its dispatch
-costs 2 to 4 us a call instead of 10, and a style network makes sixteen calls a picture.
+``Library.define`` + ``impl`` is used rather than ``torch.library.custom_op`` because its dispatch costs
+less, and a style network makes sixteen calls a picture.
 """
 
 from __future__ import annotations
