@@ -83,6 +83,18 @@ template <int kCount> DEVICE Vector<kCount> from_floats(const float (&values)[kC
 template <int kCount> DEVICE Vector<kCount> load(const element* from) {
   return *reinterpret_cast<const Vector<kCount>*>(from);
 }
+// Two or four words are written by name: of a plain assignment the compiler often makes stores of 4 bytes each.
+// Other accesses may pass this one: what it writes must not be read in the same kernel.
+template <int kCount> DEVICE u32 word(const Vector<kCount>& vector, int i) {
+  if constexpr (DTYPE == 0) return __float_as_uint(vector.values[i]);
+  else return reinterpret_cast<const u32*>(vector.values)[i];
+}
 template <int kCount> DEVICE void store(element* to, const Vector<kCount>& vector) {
-  *reinterpret_cast<Vector<kCount>*>(to) = vector;
+  if constexpr (sizeof(vector) == 16)
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word(vector, 0)),
+                 "r"(word(vector, 1)), "r"(word(vector, 2)), "r"(word(vector, 3)));
+  else if constexpr (sizeof(vector) == 8)
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(word(vector, 0)), "r"(word(vector, 1)));
+  else
+    *reinterpret_cast<Vector<kCount>*>(to) = vector;
 }

@@ -28,7 +28,7 @@ from sf_compile.cuda.layout import (
     vector_widths,
 )
 from sf_compile.cuda.normalization import normalize, usable
-from sf_compile.cuda.slabs import STEP, SlabVariant, arrivals, cut, published, slab_variants
+from sf_compile.cuda.slabs import STEP, SlabVariant, cut, phased, slab_variants
 from sf_compile.cuda.statistics import statistics
 from sf_compile.ops.instance_norm import Arguments
 from sf_compile.ops.library import empty_image
@@ -36,7 +36,7 @@ from sf_compile.ops.library import empty_image
 SLAB_SOURCE = "instance_norm.cu"
 PLANE_SOURCE = "instance_norm_plane.cu"
 _THREADS = 640
-_SHARED_BYTES_PER_CHANNEL = 256  # of a group: its moments in each of 20 warps, and of the whole block
+_SHARED_BYTES_PER_CHANNEL = 172  # of a group: its moments in each of 20 warps, and its map
 _HELD = (1, 2, 4, 8)
 _PLANE_VECTORS = 512 * _HELD[-1]
 _PLANE_BYTES = 64 * 1024  # a larger plane is better cut into slabs, or held in shared memory
@@ -65,7 +65,8 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
 @functools.cache
 def _slab_kernel(index: int, slab: SlabVariant, parameter: int, waits: bool) -> Kernel:
     constants = slab_constants(slab, parameter)
-    return load(SLAB_SOURCE, "instance_norm", constants, index, "PPPPPPPffqqii", cooperative=waits)
+    mode = "cooperative" if waits else "ordinary"
+    return load(SLAB_SOURCE, "instance_norm", constants, index, "PPPPPPffiqiii", mode=mode)
 
 
 @functools.cache
@@ -102,15 +103,12 @@ def instance_norm(a: Arguments) -> Tensor:
             kernel.launch((n * c, 1, 1), threads, 0, (*pointers, eps, lower, c, h * w))
             return out
     slabs = cut(input, _THREADS, 1, residual)
-    vector_bytes = slabs.variant.vector * input.element_size()
     variant = slabs.variant
-    group = variant.lanes * variant.vector if variant.channels_last else 1
-    left = shared_bytes(index) - _SHARED_BYTES_PER_CHANNEL * group - 1024
-    slots = left // (STEP * _THREADS * vector_bytes)
-    moments = published(input, slabs)
+    step_bytes = STEP * _THREADS * variant.vector * input.element_size()
+    left = shared_bytes(index) - _SHARED_BYTES_PER_CHANNEL * slabs.group - 1024
+    slots = left // step_bytes
     _slab_kernel(index, variant, parameter, slabs.slices > 1).launch(
-        (slabs.groups * slabs.slices, 1, 1), _THREADS, slots * STEP * _THREADS * vector_bytes,
-        (*pointers, pointer(moments), arrivals(input, slabs), eps, lower, c, h * w, slabs.slices,
-         slots),
+        slabs.grid, _THREADS, slots * step_bytes,
+        (*pointers, phased(input, slabs), eps, lower, c, h * w, slabs.turns, slabs.rest, slots),
     )  # fmt: skip
     return out

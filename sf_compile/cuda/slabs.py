@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from sf_compile.cuda.layout import DTYPES, is_channels_last, multiprocessors, vector_width, vector_widths
+from sf_compile.cuda.workspace import zeroed
 
 STEP = 2  # vectors that a thread moves at a time
 AHEAD = 3  # steps that a thread has on their way into shared memory
-_MOMENTS_BYTES = 12
+_WORD_BYTES = 8  # a channel's moments, as a slab publishes them
 _ACCESS_BYTES = 16
 _LANES = (16, 8, 4, 2, 1)
-_LARGE_SLAB_BYTES = 400_000  # a tuning constant: between the slabs that gained from wide groups and not
+_FEW_LANES = 4  # 64 bytes of a pixel
+_MERGING = 4  # a tuning constant: bytes of a slab that are worth one byte of moments read to merge
 _COUNTERS = 1024  # more than there are groups wherever a group has slices
 
 
@@ -29,11 +31,31 @@ class SlabVariant(NamedTuple):
 
 
 class Slabs(NamedTuple):
-    """A picture cut for one launch: ``groups`` of channels by ``slices`` of pixels."""
+    """A picture cut for one launch: ``groups`` of channels by ``slices`` of pixels.
+
+    The threads of a group's slices take ``turns`` whole turns through its positions, and ``rest`` are left.
+    """
 
     variant: SlabVariant
     groups: int
     slices: int
+    turns: int
+    rest: int
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """The grid to launch, in blocks."""
+        return self.groups, self.slices, 1
+
+    @property
+    def group(self) -> int:
+        """The channels of a group."""
+        return self.variant.lanes * self.variant.vector if self.variant.channels_last else 1
+
+    @property
+    def words(self) -> int:
+        """How many moments the slabs publish together; 0 where a group is one slab."""
+        return self.groups * self.slices * self.group if self.slices > 1 else 0
 
 
 def slab_variants() -> Iterator[SlabVariant]:
@@ -63,86 +85,45 @@ def cut(x: Tensor, threads: int, resident: int, *others: Tensor | None) -> Slabs
         lanes = _lanes(n, c, vector, blocks, x.numel() * x.element_size())
     if channels_last:
         groups = n * c // (lanes * vector)
-    steps = pixels if channels_last else pixels // vector
-    most = -(-steps * lanes // (threads * STEP))  # a slice has a step for every thread
-    slices = max(1, min(blocks // groups, most))
-    return Slabs(SlabVariant(DTYPES[x.dtype], channels_last, vector, lanes), groups, slices)
+    positions = pixels if channels_last else pixels // vector
+    rows = STEP * threads // lanes  # positions that a block takes in one step
+    slices = max(1, min(blocks // groups, -(-positions // rows)))
+    turns, rest = divmod(positions, rows * slices)
+    return Slabs(SlabVariant(DTYPES[x.dtype], channels_last, vector, lanes), groups, slices, turns, rest)
 
 
 def _lanes(n: int, c: int, vector: int, blocks: int, size: int) -> int:
     """How many neighbouring accesses of a pixel make a group, for a picture of ``size`` bytes.
 
-    Many, so that whole lines of memory are read; fewer (64 bytes still fill the sectors of DRAM) where
-    merging the moments, a fixed time for every channel of the group and slice, would weigh against a small
-    slab.
+    Many, so that whole lines of memory are read; fewer (64 bytes still fill the sectors of DRAM) where what
+    each block reads of the other slices' moments would weigh against its slab.
     """
     slab = size // blocks
     for lanes in _LANES:
         if c % (lanes * vector):
             continue
         slices = max(1, blocks * lanes * vector // (n * c))
-        merged = slices * lanes * vector * _MOMENTS_BYTES
-        if lanes <= 4 or (slab >= _LARGE_SLAB_BYTES and (slices <= 33 or 4 * merged <= slab)):
+        if lanes <= _FEW_LANES or _MERGING * slices * lanes * vector * _WORD_BYTES <= slab:
             return lanes
     return 1
 
 
 def published(x: Tensor, slabs: Slabs) -> Tensor | None:
-    """Room for every slab's moments; None where a group is one slab."""
-    if slabs.slices == 1:
+    """Room for what the slabs of csrc/statistics.cu publish; None where a group is one slab."""
+    if not slabs.words:
         return None
-    variant = slabs.variant
-    channels = slabs.groups * (variant.lanes * variant.vector if variant.channels_last else 1)
-    return torch.empty(channels * slabs.slices * _MOMENTS_BYTES, dtype=torch.uint8, device=x.device)
+    return torch.empty(slabs.words * _WORD_BYTES, dtype=torch.uint8, device=x.device)
 
 
-_of_stream: dict[tuple[int, int], Tensor] = {}
-_of_capture: dict[int, tuple[int, dict[int, Tensor]]] = {}
+def phased(x: Tensor, slabs: Slabs) -> int:
+    """The address of what the slabs of csrc/instance_norm.cu publish; 0 where a group is one slab.
+
+    Each launch turns the phase of every word, from 0 at first, so all launches that share the memory must
+    have the same number of words.
+    """
+    return zeroed(x.device, f"{slabs.words} moments", _WORD_BYTES * slabs.words) if slabs.words else 0
 
 
 def tickets(x: Tensor, slabs: Slabs) -> int:
     """The address of the counters from which csrc/statistics.cu draws; 0 where a group is one slab."""
-    counters = _counters(x, slabs)
-    return 0 if counters is None else counters.data_ptr()
-
-
-def arrivals(x: Tensor, slabs: Slabs) -> int:
-    """The address of the counters on which csrc/instance_norm.cu waits, which are counted otherwise."""
-    counters = _counters(x, slabs)
-    return 0 if counters is None else counters.data_ptr() + 4 * _COUNTERS
-
-
-def _counters(x: Tensor, slabs: Slabs) -> Tensor | None:
-    """Two rows of counters, one a group, on which its slices meet; None where a group is one slab.
-
-    The kernels leave them ready for the next launch on the same stream. A CUDA graph has counters of its own,
-    zeroed once inside it, because graphs that were captured on one stream may be replayed side by side.
-    """
-    if slabs.slices == 1:
-        return None
-    index = x.device.index
-    stream = torch._C._cuda_getCurrentRawStream(index)
-    if torch.cuda.is_current_stream_capturing():
-        return _captured_counters(x.device, stream)
-    found = _of_stream.get((index, stream))
-    if found is None:
-        found = _of_stream[index, stream] = _zeros(x.device)
-    return found
-
-
-def _captured_counters(device: torch.device, stream: int) -> Tensor:
-    """The counters of the capture in progress on ``stream``; those of the capture before it are let go."""
-    from cuda.bindings import driver
-
-    capture = int(driver.cuStreamGetCaptureInfo(stream)[2])
-    latest = _of_capture.get(device.index)
-    if latest is None or latest[0] != capture:
-        latest = _of_capture[device.index] = (capture, {})
-    counters = latest[1].get(stream)
-    if counters is None:
-        counters = latest[1][stream] = _zeros(device)
-    return counters
-
-
-def _zeros(device: torch.device) -> Tensor:
-    return torch.zeros((2, _COUNTERS), dtype=torch.int32, device=device)
+    return zeroed(x.device, "tickets", 4 * _COUNTERS) if slabs.words else 0

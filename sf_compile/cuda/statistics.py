@@ -35,7 +35,7 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
 
 @functools.cache
 def _kernel(index: int, variant: SlabVariant) -> Kernel:
-    return load(SOURCE, "statistics", constants(variant), index, "PPPPPqqi")
+    return load(SOURCE, "statistics", constants(variant), index, "PPPPPiqii")
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,8 +55,8 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     moments = published(x, slabs)
     ring = AHEAD * STEP * _THREADS * slabs.variant.vector * x.element_size()
     _kernel(x.device.index, slabs.variant).launch(
-        (slabs.groups * slabs.slices, 1, 1), _THREADS, ring,
+        slabs.grid, _THREADS, ring,
         (pointer(x), pointer(mean), pointer(variance), pointer(moments), tickets(x, slabs), c, h * w,
-         slabs.slices),
+         slabs.turns, slabs.rest),
     )  # fmt: skip
     return mean, variance
