@@ -6,7 +6,8 @@
 // Every output pixel finds its source by index arithmetic; nothing else is written.
 // Absent parts are null pointers. Constants: DTYPE, PARAMETER, LAYOUT (below), VECTOR, UPSAMPLE (1 or 2; 0 where
 // the factor is only known at run time), PAD (0 none, 1 zeros, 2 reflect, 3 replicate).
-#include "elements.cuh"
+#include "dependent_launch.cuh"
+#include "norm.cuh"
 
 #define CHANNELS_LAST 0  // every tensor channels_last: a thread moves VECTOR channels of a pixel
 #define CONTIGUOUS 1     // every tensor contiguous: a thread moves VECTOR pixels of a plane
@@ -17,29 +18,6 @@
 // Blocks run from the last pixel to the first: the statistics have just been read in the other
 // direction, so the pixels read last are still in the L2 cache.
 #define REVERSED(axis) (gridDim.axis - 1 - blockIdx.axis)
-
-// x * scale + shift is the normalised value, in one rounding.
-struct Affine {
-  float scale, shift;
-  DEVICE float operator()(float x) const { return fmaf(x, scale, shift); }
-};
-
-struct Norm {
-  const float *mean, *variance;  // (N, C), or (C) where image_stride is 0
-  const parameter *weight, *bias;
-  float eps;
-  i64 image_stride;
-
-  DEVICE Affine at(i64 image, i64 channel) const {
-    Affine a = {1.f, 0.f};
-    if (mean) {
-      a.scale = inverse_sqrt(variance[image * image_stride + channel] + eps);
-      if (weight) a.scale *= to_float<PARAMETER>(weight[channel]);
-      a.shift = fmaf(-mean[image * image_stride + channel], a.scale, bias ? to_float<PARAMETER>(bias[channel]) : 0.f);
-    }
-    return a;
-  }
-};
 
 // The source of output position `at` along a dimension of `size` source pixels; -1 is a zero.
 DEVICE int source(int at, int before, int size, int factor) {
@@ -102,6 +80,8 @@ template <bool kResidual, bool kKeep> DEVICE void write_row(
 // `segments` segments of `segment` pixels for every output row, which has under 2^30 elements; blocks
 // take them in turn.
 extern "C" __global__ void __launch_bounds__(256, 3) normalize(ARGUMENTS, int lanes, int segments, int segment) {
+  launch_dependents();
+  wait_for_previous();
   const Norm norm = {mean, variance, weight, bias, eps, image_stride};
   const int factor = FACTOR;
   const int group = blockIdx.z * 256 + threadIdx.x % lanes, column = threadIdx.x / lanes, columns = 256 / lanes;
@@ -129,6 +109,8 @@ extern "C" __global__ void __launch_bounds__(256, 3) normalize(ARGUMENTS, int la
 // Grid (blocks a plane, min(N C, 65535)), 256 threads. VECTOR > 1 only without pad and upsample,
 // where the host passes a plane as one row.
 extern "C" __global__ void __launch_bounds__(256, 2) normalize(ARGUMENTS, i64 planes) {
+  launch_dependents();
+  wait_for_previous();
   const Norm norm = {mean, variance, weight, bias, eps, image_stride};
   const int factor = FACTOR;
   const i64 pixels = (i64)height * width, out_pixels = (i64)out_height * out_width;
@@ -190,6 +172,8 @@ struct Strides {
 extern "C" __global__ void __launch_bounds__(256) normalize(
     ARGUMENTS, int out_channels_last, int kept_channels_last, i64 x_image, i64 x_channel, i64 x_row, i64 x_pixel,
     i64 r_image, i64 r_channel, i64 r_row, i64 r_pixel) {
+  launch_dependents();
+  wait_for_previous();
   const Norm norm = {mean, variance, weight, bias, eps, image_stride};
   const int factor = FACTOR, y = REVERSED(x), inner = out_channels_last ? channels : out_width;
   const i64 n = REVERSED(y), pixels = (i64)height * width, out_pixels = (i64)out_height * out_width;

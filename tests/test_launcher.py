@@ -30,6 +30,22 @@ extern "C" __global__ void reverse(float* x, int n) {
 }
 """
 
+# y = x + 1: `slow` lets its successor start at once, and takes some 10 ms; both wait for what is before them.
+PAIR = """
+extern "C" __global__ void slow(float* y, const float* x, int n) {
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    long long begin = clock64();
+    while (clock64() - begin < 20000000) {}
+    if (threadIdx.x < n) y[threadIdx.x] = x[threadIdx.x] + 1.f;
+}
+extern "C" __global__ void after(float* y, const float* x, int n) {
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (blockIdx.x == 0 && threadIdx.x < n) y[threadIdx.x] = x[threadIdx.x] + 1.f;
+}
+"""
+
 
 @pytest.fixture
 def csrc(tmp_path, monkeypatch):
@@ -56,6 +72,20 @@ def test_pointer_array_reaches_every_argument(signature, arguments):
     found = tuple(types[c].from_address(p).value for c, p in zip(signature, pointers, strict=True))
     assert found == arguments
     assert all(p % ctypes.sizeof(types[c]) == 0 for c, p in zip(signature, pointers, strict=True))
+
+
+def test_tensor_maps_come_first_and_take_128_bytes_each():
+    assert launcher._fields("TTFPfq") == [(0, 128), (128, 128), (256, 512), (768, 8), (776, 4), (784, 8)]
+    block = ArgumentBlock("TFPi")
+    maps = bytes(range(128)), bytes(range(256)) * 2
+    struct.Struct(launcher._format("TFPi")).pack_into(block.values, 0, *maps, 4096, -7)
+    pointers = (ctypes.c_void_p * 4).from_address(block.address)
+    assert tuple(ctypes.string_at(p, n) for p, n in zip(pointers, (128, 512), strict=False)) == maps
+    assert ctypes.c_uint64.from_address(pointers[2]).value == 4096
+    assert ctypes.c_int32.from_address(pointers[3]).value == -7
+    for signature in ("PT", "TiT", "TPF", "iF"):
+        with pytest.raises(ValueError, match="before everything else"):
+            ArgumentBlock(signature)
 
 
 def test_unknown_signature_letter():
@@ -153,6 +183,39 @@ def test_every_thread_gets_the_context_once(driver):
     thread.start()
     thread.join()
     assert [call[0] for call in driver.calls] == ["context", "launch", "launch"] * 2
+
+
+def test_modes_of_launching(driver):
+    def submitted(*launch):
+        driver.calls.append(("launch", launch))
+        return (driver.answers.pop(0) if driver.answers else Code.CUDA_SUCCESS,)
+
+    def attribute():
+        return SimpleNamespace(value=SimpleNamespace())
+
+    driver.cuLaunchCooperativeKernel = driver.cuLaunchKernelEx = submitted
+    driver.CUlaunchAttributeID = SimpleNamespace(
+        CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="serialization"
+    )
+    driver.CUlaunchAttribute, driver.CUlaunchConfig = attribute, SimpleNamespace
+    Kernel(KEY, "affine", "Pi", 0, driver, "function", "context", "cooperative").launch(
+        (3, 2, 1), 256, 0, (64, 5)
+    )
+    name, launch = driver.calls[-1]
+    assert launch[:9] == ("function", 3, 2, 1, 256, 1, 1, 0, 1000) and len(launch) == 10  # no `extra`
+    kernel = Kernel(KEY, "affine", "Pi", 0, driver, "function", "context", "overlapping")
+    kernel.launch((3, 2, 1), 256, 64, (64, 5))
+    name, (config, function, address, extra) = driver.calls[-1]
+    assert (name, function, extra) == ("launch", "function", 0)
+    assert address == kernel._threads.arguments.address
+    assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (3, 2, 1)
+    assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (256, 1, 1)
+    assert (config.sharedMemBytes, config.hStream, config.numAttrs) == (64, 1000, 1)
+    assert config.attrs[0].id == "serialization"
+    assert config.attrs[0].value.programmaticStreamSerializationAllowed == 1
+    driver.answers = [Code.CUDA_ERROR_INVALID_VALUE]
+    with pytest.raises(KernelLaunchError, match=r"grid 3x2x1, block 256, 64 bytes"):
+        kernel.launch((3, 2, 1), 256, 64, (64, 5))
 
 
 @pytest.mark.parametrize("code", [Code.CUDA_ERROR_INVALID_VALUE, Code.CUDA_ERROR_ILLEGAL_ADDRESS])
@@ -259,6 +322,36 @@ def test_runs_on_the_current_stream(csrc, monkeypatch):
     assert used == [stream.cuda_stream, torch.cuda.default_stream().cuda_stream]
     assert (y == 5).all().item(), "the launch ran before the work that its stream held"
     assert (z == 11).all().item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True])
+def test_overlapping_kernel_waits_for_its_predecessor(csrc, captured):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("programmatic dependent launch needs compute capability 9.0")
+    (csrc / "pair.cu").write_text(PAIR)
+    first = launcher.load("pair.cu", "slow", {}, 0, "PPi", "overlapping")
+    second = launcher.load("pair.cu", "after", {}, 0, "PPi", "overlapping")
+    x, y, z = (torch.zeros(1000, device="cuda") for _ in range(3))
+
+    def pair():
+        first.launch((1, 1, 1), 1000, 0, (x.data_ptr(), z.data_ptr(), 1000))
+        second.launch((8, 1, 1), 1000, 0, (y.data_ptr(), x.data_ptr(), 1000))
+        first.launch((1, 1, 1), 1000, 0, (z.data_ptr(), y.data_ptr(), 1000))
+        second.launch((8, 1, 1), 1000, 0, (y.data_ptr(), z.data_ptr(), 1000))
+
+    pair()
+    torch.cuda.synchronize()
+    assert [v[0].item() for v in (x, y, z)] == [1, 4, 3] and all((v == v[0]).all() for v in (x, y, z))
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            pair()
+        graph.replay()
+    else:
+        pair()
+    torch.cuda.synchronize()
+    assert [v[0].item() for v in (x, y, z)] == [4, 7, 6] and all((v == v[0]).all() for v in (x, y, z))
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ import torch
 
 from sf_compile.cuda.compiler import KernelKey, KernelUnavailable, architecture, compile_kernel
 
-_LETTERS = "Pqifd"
+_FORMATS = {"P": "P", "q": "q", "i": "i", "f": "f", "d": "d", "T": "128s", "F": "512s"}
 _DEFAULT_SHARED_BYTES = 48 * 1024
 """Shared memory a block may use without opting in for more (CUDA C++ Programming Guide, compute
 capabilities 5.0 and later)."""
@@ -31,21 +31,35 @@ class KernelLaunchError(RuntimeError):
     """A CUDA driver call failed; the message has the error, the kernel and the launch configuration."""
 
 
+def _format(signature: str) -> str:
+    """The ``struct`` format of a kernel's parameters; its native mode aligns every field as C does."""
+    return "@" + "".join(_FORMATS[letter] for letter in signature)
+
+
+def _fields(signature: str) -> list[tuple[int, int]]:
+    """(offset, size) in bytes of every parameter: a field ends where the format up to it ends."""
+    sizes = [struct.calcsize(_format(letter)) for letter in signature]
+    ends = [struct.calcsize(_format(signature[: i + 1])) for i in range(len(signature))]
+    return [(end - size, size) for end, size in zip(ends, sizes, strict=True)]
+
+
 class ArgumentBlock:
     """Storage for one kernel's arguments, and the array of pointers to them that the driver reads.
 
     ``signature`` has a letter per C parameter: P pointer (an int address, or 0), q int64, i int32, f float,
-    d double. ``address`` is where the pointer array lies. Not to be shared between threads.
+    d double, T a tensor map (its 128 bytes), F an array of four; tensor maps come first, for they are
+    aligned to 64 bytes. ``address`` is where the pointer array lies. Not to be shared between threads.
     """
 
     def __init__(self, signature: str) -> None:
-        unknown = sorted(set(signature) - set(_LETTERS))
+        unknown = sorted(set(signature) - set(_FORMATS))
         if unknown:
-            raise ValueError(f"signature {signature!r} has the letter {unknown[0]!r}; known are {_LETTERS}")
-        layout = struct.Struct("@" + signature)
-        # struct's native mode aligns every field as C does; a field ends where the format up to it ends.
-        ends = [struct.calcsize("@" + signature[: i + 1]) for i in range(len(signature))]
-        offsets = [end - struct.calcsize("@" + letter) for end, letter in zip(ends, signature, strict=True)]
+            letters = "".join(_FORMATS)
+            raise ValueError(f"signature {signature!r} has the letter {unknown[0]!r}; known are {letters}")
+        if set("TF") & set(signature.lstrip("TF")):
+            raise ValueError(f"signature {signature!r}: tensor maps (T, F) come before everything else")
+        layout = struct.Struct(_format(signature))
+        offsets = [offset for offset, _ in _fields(signature)]
         self.values = (ctypes.c_uint64 * max(1, -(-layout.size // 8)))()
         base = ctypes.addressof(self.values)
         self._pointers = (ctypes.c_void_p * max(1, len(offsets)))(*(base + offset for offset in offsets))
@@ -60,7 +74,7 @@ class Kernel:
 
     def __init__(
         self, key: KernelKey, entry: str, signature: str, device_index: int, driver: Any, function: Any,
-        context: Any, cooperative: bool = False,
+        context: Any, mode: str = "ordinary",
     ) -> None:
         self.key = key
         self.entry = entry
@@ -69,16 +83,17 @@ class Kernel:
         self._driver = driver
         self._function = function
         self._context = context
-        self._layout = struct.Struct("@" + signature)
+        self._layout = struct.Struct(_format(signature))
         self._threads = threading.local()
         attributes = driver.CUfunction_attribute
-        self._static_shared = _checked(
+        self._static_shared = checked(
             driver, f"cuFuncGetAttribute of {self}",
             driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function),
         )
         self._shared_limit = _DEFAULT_SHARED_BYTES - self._static_shared
-        self._submit = driver.cuLaunchCooperativeKernel if cooperative else driver.cuLaunchKernel
-        self._tail = () if cooperative else (0,)  # only cuLaunchKernel has a last argument, `extra`
+        self._mode = mode
+        self._submit = driver.cuLaunchCooperativeKernel if mode == "cooperative" else driver.cuLaunchKernel
+        self._tail = () if mode == "cooperative" else (0,)  # only cuLaunchKernel has a last one, `extra`
         # The public torch.cuda.current_stream builds a Stream object in every call.
         self._current_stream = torch._C._cuda_getCurrentRawStream
         self._current_device = torch._C._cuda_getDevice
@@ -87,8 +102,9 @@ class Kernel:
         return f"{self.entry} ({self.key}) on cuda:{self.device_index}"
 
     def launch(
-        self, grid: tuple[int, int, int], block: int, shared_bytes: int, arguments: Sequence[int | float]
-    ) -> None:
+        self, grid: tuple[int, int, int], block: int, shared_bytes: int,
+        arguments: Sequence[int | float | bytes],
+    ) -> None:  # fmt: skip
         """Launch on the current stream of the kernel's device, which need not be the current device.
 
         ``grid`` is in blocks (x, y, z), ``block`` in threads (x alone), ``shared_bytes`` the dynamic shared
@@ -106,7 +122,7 @@ class Kernel:
         except (struct.error, OverflowError) as error:
             raise TypeError(
                 f"{self} takes the arguments {self.signature!r} (P address, q int64, i int32, f float, "
-                f"d double), got {tuple(arguments)!r}: {error}"
+                f"d double, T and F tensor maps), got {tuple(arguments)!r}: {error}"
             ) from error
         if self._current_device() == self.device_index:
             self._launch_here(grid, block, shared_bytes, stored.address)
@@ -121,9 +137,15 @@ class Kernel:
         x, y, z = grid
         stream = self._current_stream(self.device_index)
         try:
-            (result,) = self._submit(
-                self._function, x, y, z, block, 1, 1, shared_bytes, stream, address, *self._tail
-            )
+            if self._mode == "overlapping":
+                config = self._threads.config
+                config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX = x, y, z, block
+                config.sharedMemBytes, config.hStream = shared_bytes, stream
+                (result,) = self._driver.cuLaunchKernelEx(config, self._function, address, 0)
+            else:
+                (result,) = self._submit(
+                    self._function, x, y, z, block, 1, 1, shared_bytes, stream, address, *self._tail
+                )
         except OverflowError as error:  # a negative number, or one beyond 32 bits
             raise ValueError(f"{self._describe(grid, block, shared_bytes)}: {error}") from error
         if result != 0:
@@ -137,16 +159,18 @@ class Kernel:
         """Make the calling thread able to launch; return its argument storage."""
         if self._current_device() == self.device_index:
             # PyTorch says so even of a thread that has made no CUDA call yet, which has no context.
-            _checked(self._driver, f"cuCtxSetCurrent for {self}", self._driver.cuCtxSetCurrent(self._context))
+            checked(self._driver, f"cuCtxSetCurrent for {self}", self._driver.cuCtxSetCurrent(self._context))
+        if self._mode == "overlapping":
+            self._threads.config = _overlapping_launch(self._driver)
         stored = self._threads.arguments = ArgumentBlock(self.signature)
         return stored
 
     def _raise_shared_limit(self, shared_bytes: int) -> None:
         """Opt in, once, for all the shared memory that the device lets a block have."""
         driver = self._driver
-        device = _checked(driver, "cuDeviceGet", driver.cuDeviceGet(self.device_index))
+        device = checked(driver, "cuDeviceGet", driver.cuDeviceGet(self.device_index))
         name = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-        optin = _checked(driver, "cuDeviceGetAttribute", driver.cuDeviceGetAttribute(name, device))
+        optin = checked(driver, "cuDeviceGetAttribute", driver.cuDeviceGetAttribute(name, device))
         limit = optin - self._static_shared
         if shared_bytes > limit:
             raise ValueError(
@@ -154,9 +178,29 @@ class Kernel:
                 f"device allows {limit} ({optin} less {self._static_shared} static): choose a smaller tile"
             )
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver, f"cuFuncSetAttribute of {self}",
+        checked(driver, f"cuFuncSetAttribute of {self}",
                  driver.cuFuncSetAttribute(self._function, attribute, limit))
         self._shared_limit = limit
+
+
+def enter_context(driver: Any) -> None:
+    """Make PyTorch's context of the current device the calling thread's, which may not have one yet."""
+    if int(checked(driver, "cuCtxGetCurrent", driver.cuCtxGetCurrent())) == 0:
+        index = torch.cuda.current_device()
+        device = checked(driver, "cuDeviceGet", driver.cuDeviceGet(index))
+        context = checked(driver, "cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(device))
+        checked(driver, "cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
+
+
+def _overlapping_launch(driver: Any) -> Any:
+    """A launch configuration under which a kernel may start before its predecessor has finished."""
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.blockDimY = config.blockDimZ = 1
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 _loaded: dict[tuple[Any, ...], Kernel] = {}
@@ -169,16 +213,18 @@ def load(
     constants: Mapping[str, int | str],
     device: torch.device | int,
     signature: str,
-    cooperative: bool = False,
+    mode: str = "ordinary",
 ) -> Kernel:
     """Return the kernel ``entry`` (declared ``extern "C"``) of ``csrc/<key_source>``, ready on ``device``.
 
     Compiled with ``constants`` for the device's architecture, and loaded, on the first call; after that a
-    look-up. A device without an index is the current one. ``signature``: see ``ArgumentBlock``. A
-    ``cooperative`` kernel is launched only when all its blocks fit on the device at once, so that they may
-    wait for each other. Raises what ``compile_kernel`` raises, KernelUnavailable where PyTorch sees no GPU,
-    ValueError for a signature that is bad or not the kernel's, or a device that is not CUDA's, and
-    KernelLaunchError where the driver rejects the cubin or misses the entry.
+    look-up. A device without an index is the current one. ``signature``: see ``ArgumentBlock``. ``mode``:
+    "ordinary"; "cooperative", for a kernel launched only when all its blocks fit on the device at once, so
+    that they may wait for each other; "overlapping", for one that may start while its predecessor on the
+    stream still runs, and waits for it itself before it touches what that one writes. Raises what
+    ``compile_kernel`` raises, KernelUnavailable where PyTorch sees no GPU, ValueError for a signature that is
+    bad or not the kernel's, or a device that is not CUDA's, and KernelLaunchError where the driver rejects
+    the cubin or misses the entry.
     """
     index = device if isinstance(device, int) else device.index
     if index is None:
@@ -186,10 +232,10 @@ def load(
             raise ValueError(f"{entry} of {key_source} runs on a CUDA device, not on {device}")
         index = torch.cuda.current_device()
     # In the mapping's own order: sorting would cost every call, and a second order only adds a second entry.
-    memo_key = (key_source, entry, index, signature, cooperative, *constants.items())
+    memo_key = (key_source, entry, index, signature, mode, *constants.items())
     kernel = _loaded.get(memo_key)
     if kernel is None:
-        kernel = _load(key_source, entry, constants, index, signature, cooperative)
+        kernel = _load(key_source, entry, constants, index, signature, mode)
         _loaded[memo_key] = kernel
     return kernel
 
@@ -200,8 +246,7 @@ def loaded() -> tuple[Kernel, ...]:
 
 
 def _load(
-    key_source: str, entry: str, constants: Mapping[str, int | str], index: int, signature: str,
-    cooperative: bool,
+    key_source: str, entry: str, constants: Mapping[str, int | str], index: int, signature: str, mode: str
 ) -> Kernel:  # fmt: skip
     ArgumentBlock(signature)  # rejects a bad signature before anything is compiled
     if torch.version.cuda is None or not torch.cuda.is_available():
@@ -211,36 +256,36 @@ def _load(
     cubin = compile_kernel(key)
     from cuda.bindings import driver
 
-    canonical = (key, entry, index, signature, cooperative)
+    canonical = (key, entry, index, signature, mode)
     with _load_lock, torch.cuda.device(index):
         kernel = _loaded.get(canonical)
         if kernel is None:
-            kernel = _load_cubin(driver, key, entry, signature, index, cubin, cooperative)
+            kernel = _load_cubin(driver, key, entry, signature, index, cubin, mode)
             _loaded[canonical] = kernel
     return kernel
 
 
 def _load_cubin(
-    driver: Any, key: KernelKey, entry: str, signature: str, index: int, cubin: bytes, cooperative: bool
+    driver: Any, key: KernelKey, entry: str, signature: str, index: int, cubin: bytes, mode: str
 ) -> Kernel:
     """Load ``cubin`` into the primary context, PyTorch's own, of the current device ``index``."""
     what = f"{entry} ({key}) on cuda:{index}"
-    _checked(driver, "cuInit", driver.cuInit(0))
-    device = _checked(driver, "cuDeviceGet", driver.cuDeviceGet(index))
-    context = _checked(driver, "cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(device))
-    _checked(driver, "cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
+    checked(driver, "cuInit", driver.cuInit(0))
+    device = checked(driver, "cuDeviceGet", driver.cuDeviceGet(index))
+    context = checked(driver, "cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(device))
+    checked(driver, "cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
     # Loading allocates, which a stream capture in progress forbids to this thread unless it is told that the
     # work does not belong to the capture.
     relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
     exchange = driver.cuThreadExchangeStreamCaptureMode
-    mode = _checked(driver, "cuThreadExchangeStreamCaptureMode", exchange(relaxed))
+    before = checked(driver, "cuThreadExchangeStreamCaptureMode", exchange(relaxed))
     try:
-        module = _checked(driver, f"loading {what}", driver.cuModuleLoadData(cubin))
-        function = _checked(driver, f"finding {what}", driver.cuModuleGetFunction(module, entry.encode()))
+        module = checked(driver, f"loading {what}", driver.cuModuleLoadData(cubin))
+        function = checked(driver, f"finding {what}", driver.cuModuleGetFunction(module, entry.encode()))
         _check_signature(driver, what, signature, function)
-        return Kernel(key, entry, signature, index, driver, function, context, cooperative)
+        return Kernel(key, entry, signature, index, driver, function, context, mode)
     finally:
-        _checked(driver, "cuThreadExchangeStreamCaptureMode", exchange(mode))
+        checked(driver, "cuThreadExchangeStreamCaptureMode", exchange(before))
 
 
 def _check_signature(driver: Any, what: str, signature: str, function: Any) -> None:
@@ -251,9 +296,11 @@ def _check_signature(driver: Any, what: str, signature: str, function: Any) -> N
     recorded: list[tuple[int, int]] = []
     while (answer := driver.cuFuncGetParamInfo(function, len(recorded)))[0] == 0:
         recorded.append((int(answer[1]), int(answer[2])))
-    sizes = [struct.calcsize("@" + letter) for letter in signature]
-    ends = [struct.calcsize("@" + signature[: i + 1]) for i in range(len(signature))]
-    expected = [(end - size, size) for end, size in zip(ends, sizes, strict=True)]
+    if recorded and signature.startswith("T"):
+        # Parameters that begin with a tensor map do not begin at 0: what aligns it is recorded too.
+        first = recorded[0][0]
+        recorded = [(offset - first, size) for offset, size in recorded]
+    expected = _fields(signature)
     if recorded != expected:
         raise ValueError(
             f"signature {signature!r} of {what} means parameters at (offset, size) {expected}; the kernel "
@@ -261,7 +308,7 @@ def _check_signature(driver: Any, what: str, signature: str, function: Any) -> N
         )
 
 
-def _checked(driver: Any, step: str, answer: tuple[Any, ...]) -> Any:
+def checked(driver: Any, step: str, answer: tuple[Any, ...]) -> Any:
     """Return the value in a driver call's answer, (code,) or (code, value); raise for a code but success."""
     if answer[0] != 0:
         raise _driver_error(driver, step, answer[0])

@@ -11,6 +11,8 @@ from torch import Tensor
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The value of the kernels' DTYPE and PARAMETER constants for each dtype they are compiled for."""
 
+PADS = {"zeros": 1, "reflect": 2, "replicate": 3}
+"""The kernels' number for each padding mode; 0 is none."""
 
 LOWER = {"none": float("-inf"), "relu": 0.0}
 """The kernels' `lower` argument for each activation: values below it are raised to it."""

@@ -15,6 +15,7 @@ from sf_compile.cuda.launcher import Kernel, load
 from sf_compile.cuda.layout import (
     DTYPES,
     LOWER,
+    PADS,
     is_channels_last,
     multiprocessors,
     parameter_dtype,
@@ -29,7 +30,6 @@ from sf_compile.ops.normalize import Norm
 
 SOURCE = "normalize.cu"
 CHANNELS_LAST, CONTIGUOUS, STRIDED = 0, 1, 2
-PADS = {"zeros": 1, "reflect": 2, "replicate": 3}
 _THREADS = 256
 _UNROLL = 4
 _RESIDENT = 3  # blocks of the channels_last kernel that a multiprocessor holds at once
@@ -72,7 +72,8 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
 @functools.cache
 def _kernel(index: int, variant: Variant) -> Kernel:
     signature = _SIGNATURE + _EXTRA[variant.layout]
-    return load(SOURCE, "normalize", variant.constants(), index, signature)
+    mode = "overlapping" if torch.cuda.get_device_capability(index) >= (9, 0) else "ordinary"
+    return load(SOURCE, "normalize", variant.constants(), index, signature, mode)
 
 
 def usable(x: Tensor, out_width: int = 0) -> bool:

@@ -1,12 +1,16 @@
 """Weights in the layout a kernel wants, made once for each version of the tensor.
 
 Dynamo hands parameters to a graph as inputs, so a weight may change between two calls
-(``load_state_dict``, an optimizer step, ``.half()``). A packed copy is therefore kept for a tensor
-*and* its version, and dropped with the tensor.
+(``load_state_dict``, an optimizer step, ``.half()``). A packed copy is therefore kept for a parameter
+*and* its version, and dropped with the parameter. A change of version renews the copy in place: a CUDA
+graph that was captured with it goes on reading the same memory. Writes through ``.data`` change no version
+and are not seen.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,24 +18,64 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
-class _Packed(NamedTuple):
+class Packed(NamedTuple):
+    """A packed weight, and whether it is surely in memory already, whatever the stream.
+
+    Where it is not, the work that makes it comes before, on the current stream: a kernel that reads its
+    weights before its predecessor has finished may not be launched so.
+    """
+
+    weight: Tensor
+    finished: bool
+
+    @property
+    def launch_mode(self) -> str:
+        """The mode to ``launcher.load`` a kernel with that fetches this weight early."""
+        return "overlapping" if self.finished else "ordinary"
+
+
+class _Kept(NamedTuple):
     version: int
     address: int
     weight: Tensor
 
 
 _packed = WeakTensorKeyDictionary()
+_lock = threading.RLock()
+
+
+def packed(weight: Tensor, form: str, pack: Callable[[Tensor], Tensor]) -> Packed:
+    """``pack(weight)``, from a copy made earlier in the same ``form`` if the weight is still the same.
+
+    Only of a ``torch.nn.Parameter`` with a version is a copy kept: generated code may write a tensor of its
+    own anew without a change of version.
+    """
+    if weight.is_inference() or not isinstance(weight, torch.nn.Parameter):
+        return Packed(pack(weight.detach()), False)
+    with _lock:
+        forms: dict[str, _Kept] = _packed.setdefault(weight, {})
+        kept = forms.get(form)
+        if kept is not None and kept.version == weight._version and kept.address == weight.data_ptr():
+            return Packed(kept.weight, True)
+        copy = pack(weight.detach())
+        if weight.is_cuda:
+            with torch.cuda.device(weight.device):
+                if torch.cuda.is_current_stream_capturing():
+                    return Packed(copy, False)  # made by the graph, at every replay: nothing is in it yet
+                if kept is not None and (kept.weight.shape, kept.weight.dtype) == (copy.shape, copy.dtype):
+                    torch.cuda.synchronize()  # until no stream reads the old numbers
+                    copy = kept.weight.copy_(copy)
+                torch.cuda.current_stream().synchronize()
+        forms[form] = _Kept(weight._version, weight.data_ptr(), copy)
+        return Packed(copy, True)
 
 
 def channels_last(weight: Tensor) -> Tensor:
-    """``weight`` (O, C, kh, kw) in channels_last, from a copy made earlier if it is still the same."""
+    """``weight`` (O, C, kh, kw) in channels_last."""
     if weight.is_contiguous(memory_format=torch.channels_last):
         return weight
-    if weight.is_inference():  # has no version to watch
-        return weight.contiguous(memory_format=torch.channels_last)
-    packed = _packed.get(weight)
-    if packed is not None and packed.version == weight._version and packed.address == weight.data_ptr():
-        return packed.weight
-    copy = weight.detach().contiguous(memory_format=torch.channels_last)
-    _packed[weight] = _Packed(weight._version, weight.data_ptr(), copy)
-    return copy
+    return packed(weight, "channels_last", _channels_last).weight
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    return weight.contiguous(memory_format=torch.channels_last)

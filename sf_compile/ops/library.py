@@ -14,6 +14,14 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("styleforge", "DEF")
 
+# Not for Inductor's own CUDA graphs: the kernels keep packed weights and workspaces, which its graph trees
+# would take for leaks, since they account for every allocation of a graph's memory pool.
+_TAGS = tuple(
+    getattr(torch.Tag, name)
+    for name in ("pt2_compliant_tag", "needs_fixed_stride_order", "cudagraph_unsafe")
+    if hasattr(torch.Tag, name)
+)
+
 
 def register(
     schema: str,
@@ -30,7 +38,7 @@ def register(
     Inductor (a silent relayout would cost more than the op saves) and is safe to trace.
     """
     name = schema.split("(", 1)[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    LIBRARY.define(schema, tags=_TAGS)
     LIBRARY.impl(name, cpu, "CPU")
     LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"styleforge::{name}", fake, lib=LIBRARY)

@@ -1,0 +1,26 @@
+// The affine map per (image, channel) that an instance norm, or a norm with running statistics, comes to.
+#pragma once
+#include "elements.cuh"
+
+// x * scale + shift is the normalised value, in one rounding.
+struct Affine {
+  float scale, shift;
+  DEVICE float operator()(float x) const { return fmaf(x, scale, shift); }
+};
+
+struct Norm {
+  const float *mean, *variance;  // (N, C), or (C) where image_stride is 0
+  const parameter *weight, *bias;
+  float eps;
+  i64 image_stride;
+
+  DEVICE Affine at(i64 image, i64 channel) const {
+    if (!mean) return {1.f, 0.f};
+    // Four loads side by side.
+    const float m = mean[image * image_stride + channel], v = variance[image * image_stride + channel];
+    const float w = weight ? to_float<PARAMETER>(weight[channel]) : 1.f;
+    const float b = bias ? to_float<PARAMETER>(bias[channel]) : 0.f;
+    const float scale = inverse_sqrt(v + eps) * w;
+    return {scale, fmaf(-m, scale, b)};
+  }
+};

@@ -1,0 +1,58 @@
+"""Tensor maps: how the copy engine of compute capability 9.0 is told of a tensor in global memory."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from sf_compile.cuda.launcher import checked, enter_context
+
+SWIZZLES = {32: "32B", 64: "64B", 128: "128B"}
+"""Bytes of a box's innermost row that a shared-memory swizzle exists for here."""
+
+
+@functools.lru_cache(maxsize=1024)
+def channels_last_map(
+    address: int, dtype: torch.dtype, shape: tuple[int, int, int, int], box: tuple[int, int, int],
+    step: int = 1, spread: int = 1,
+) -> bytes:  # fmt: skip
+    """The 128 bytes of a map of a dense channels_last picture, its dimensions ordered C, H, W, N.
+
+    ``address`` of the first element (a multiple of 16) and ``shape`` (N, C, H, W) of a float16 or bfloat16
+    tensor whose C is a multiple of 8. ``box`` is what one copy moves: channels (a row of 32, 64 or 128 bytes,
+    swizzled by its size), rows and columns; with ``step`` 2 it takes every other row and column. With
+    ``spread`` 2 the picture's rows and columns are every other one of a picture twice as high and wide. What
+    lies outside the picture arrives as zeros and is not written; a copy to the picture must not start there.
+    Raises KernelLaunchError for what the driver rejects.
+    """
+    from cuda.bindings import driver
+
+    enter_context(driver)
+    n, c, h, w = shape
+    channels, rows, columns = box
+    kinds, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
+    half = dtype == torch.float16
+    kind = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if half else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+    swizzle = getattr(swizzles, f"CU_TENSOR_MAP_SWIZZLE_{SWIZZLES[2 * channels]}")
+
+    def sizes(*values: int) -> list[object]:
+        return [driver.cuuint64_t(value) for value in values]
+
+    def counts(*values: int) -> list[object]:
+        return [driver.cuuint32_t(value) for value in values]
+
+    encoded = checked(
+        driver,
+        f"cuTensorMapEncodeTiled of a {tuple(shape)} picture with boxes {box} and step {step}",
+        driver.cuTensorMapEncodeTiled(
+            kind, 4, address, sizes(c, h, w, n),
+            sizes(2 * w * c * spread**2, 2 * c * spread, 2 * h * w * c * spread**2),
+            counts(channels, (rows - 1) * step + 1, (columns - 1) * step + 1, 1), counts(1, step, step, 1),
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ),
+    )  # fmt: skip
+    return ctypes.string_at(int(encoded.getPtr()), 128)
