@@ -8,7 +8,6 @@ import threading
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import psnr, relative_error
 
 from sf_compile.backend import styleforge
@@ -192,15 +191,66 @@ def test_poisoned_memory_is_never_read():
             assert torch.equal(model(x), expected)
 
 
+FUSED = {"first_conv.cu", "halo_conv.cu", "last_conv.cu"}
+on_hopper = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="the fused convolutions need compute capability 9.0",
+)
+
+
 def test_kernels_of_the_network_are_among_those_that_ci_compiles():
-    from sf_compile.cuda import launcher, variants
+    from sf_compile.cuda import compiler, launcher, variants
 
     with torch.no_grad():
         for dtype in (torch.float16, torch.float32):
             model, x = network(dtype), torch.rand(1, 3, 64, 64, device="cuda").to(dtype)
             compiled(model)(x)
-            F.interpolate(x, scale_factor=2)
-    listed = {(source, tuple(sorted(constants.items()))) for source, constants in variants.every()}
+    arch = compiler.architecture(torch.cuda.get_device_capability())
+    listed = {(source, tuple(sorted(constants.items()))) for source, constants in variants.every(arch)}
     loaded = {(kernel.key.source, kernel.key.constants) for kernel in launcher.loaded()}
-    ours = {key for key in loaded if key[0] in {source for source, _ in listed}}
+    # The fused convolutions are compiled for any channels; those of the known networks are listed.
+    ours = {key for key in loaded if key[0] in {source for source, _ in listed} - FUSED}
     assert ours and ours <= listed
+
+
+@on_hopper
+def test_fused_convolutions_are_what_runs_in_half_precision(monkeypatch):
+    from sf_compile.cuda import first_conv, halo_conv, last_conv
+
+    calls = []
+    for kernel in (first_conv, halo_conv, last_conv):
+        monkeypatch.setattr(kernel, "conv2d", counted(kernel.conv2d, kernel.SOURCE, calls))
+    model = network()
+    with torch.no_grad():
+        compiled(model)((torch.rand(1, 3, 64, 96, device="cuda") * 255).half())
+    halo = 2 + 2 * len(residual_blocks(model)) + 2
+    assert calls == ["first_conv.cu", *["halo_conv.cu"] * halo, "last_conv.cu"]
+
+
+@on_hopper
+def test_changed_weights_are_packed_inside_a_capture():
+    model = compiled(network())
+    x = (torch.rand(1, 3, 64, 96, device="cuda") * 255).half()
+    with torch.no_grad():
+        expected = model(x)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(state)  # the same numbers, but nothing that was packed is good any more
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(x)
+        for _ in range(2):
+            out.zero_()
+            graph.replay()
+            assert torch.equal(out, expected)
+
+
+def counted(function, name, calls):
+    def call(*args, **kwargs):
+        calls.append(name)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def residual_blocks(model: TransformerNet) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if type(module).__name__ == "ResidualBlock"]

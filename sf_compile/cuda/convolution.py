@@ -1,21 +1,27 @@
-"""``styleforge::conv2d`` on a GPU: our prologue and statistics around cuDNN's convolution.
+"""``styleforge::conv2d`` on a GPU: by a fused kernel where there is one, else around cuDNN's convolution.
 
-The prologue writes the convolution's finished, upsampled and padded input in one pass; cuDNN
-convolves it; the statistics read the raw output once.
+On compute capability 9.0 one kernel does everything. Where its shared memory has no room for a residual, a
+pass of its own finishes the input first. Everywhere else our prologue writes the convolution's finished,
+upsampled and padded input in one pass, cuDNN convolves it, and our statistics read the raw output once.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from sf_compile.cuda import packing
+from sf_compile.cuda import first_conv, halo_conv, last_conv, packing
+from sf_compile.cuda.compiler import usable_or_warn
 from sf_compile.cuda.layout import is_channels_last
 from sf_compile.cuda.normalization import apply, usable
 from sf_compile.cuda.statistics import statistics
 from sf_compile.ops import reference
 from sf_compile.ops.checks import statistics_dtype
 from sf_compile.ops.conv2d import Arguments, absent, composed
+
+_MOST_CHOICES = 4096
 
 
 def runs_channels_last(a: Arguments) -> bool:
@@ -24,8 +30,57 @@ def runs_channels_last(a: Arguments) -> bool:
     return a.channels_last or sixteen_bit or (is_channels_last(a.input) and not a.input.is_contiguous())
 
 
+def _finished(a: Arguments, z: Tensor) -> Arguments:
+    """What is left of ``a`` once its norm, activation and addition have made ``z`` of its input."""
+    return a._replace(
+        input=z, mean=None, variance=None, norm_weight=None, norm_bias=None, activation="none", residual=None,
+        keep_input=False,
+    )  # fmt: skip
+
+
+_KERNELS: tuple[Any, ...] = (last_conv, first_conv, halo_conv)
+_choices: dict[tuple[Any, ...], tuple[Any, bool]] = {}
+
+
+def choice(a: Arguments) -> tuple[Any, bool]:
+    """The module of the fused kernel that runs ``a``, or None; whether a pass before it finishes the input.
+
+    What the kernels look at is looked at once for each key: three of them in front of sixteen convolutions a
+    picture would cost more than launching them.
+    """
+    key = _key(a)
+    found = _choices.get(key)
+    if found is None:
+        kernel = next((kernel for kernel in _KERNELS if kernel.refusal(a) is None), None)
+        split = kernel is None and a.normalizes and usable(a.input)
+        split = split and halo_conv.refusal(_finished(a, a.input)) is None
+        if len(_choices) >= _MOST_CHOICES:
+            _choices.clear()
+        found = _choices[key] = (halo_conv if split else kernel, split)
+    return found
+
+
+def _key(a: Arguments) -> tuple[Any, ...]:
+    """Everything of ``a`` that a refusal can depend on."""
+    pictures = (a.input, a.weight, a.residual)
+    vectors = (a.bias, a.mean, a.variance, a.norm_weight, a.norm_bias)
+    return (
+        usable_or_warn(), a.input.device.index,
+        *(None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in pictures),
+        *(None if t is None else (t.dtype, t.dim(), t.is_contiguous()) for t in vectors),
+        a.activation, a.upsample, *a.padding, a.padding_mode, *a.stride, *a[-4:],
+    )  # fmt: skip
+
+
 def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``styleforge::conv2d``; its arguments have been checked."""
+    kernel, split = choice(a)
+    if split:
+        z, _ = apply(a.input, a.norm, a.residual, 1, (0, 0, 0, 0), "zeros", True)
+        out, mean, variance, none = kernel.conv2d(_finished(a, z))
+        return out, mean, variance, z if a.keep_input else none
+    if kernel is not None:
+        return kernel.conv2d(a)
     left, right, top, bottom = a.padding
     if not usable(a.input, a.input.shape[3] * a.upsample + left + right):
         return composed(a)

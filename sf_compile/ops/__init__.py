@@ -5,9 +5,18 @@ what they compute. They can be called directly (``torch.ops.styleforge.instance_
 no compiler involved.
 """
 
+from sf_compile.ops.blocks import conv_instance_norm, conv_reflection_pad, residual_block
 from sf_compile.ops.conv2d import conv2d
 from sf_compile.ops.instance_norm import instance_norm
 from sf_compile.ops.instance_statistics import instance_statistics
 from sf_compile.ops.normalize import normalize
 
-__all__ = ["conv2d", "instance_norm", "instance_statistics", "normalize"]
+__all__ = [
+    "conv2d",
+    "conv_instance_norm",
+    "conv_reflection_pad",
+    "instance_norm",
+    "instance_statistics",
+    "normalize",
+    "residual_block",
+]

@@ -1,0 +1,332 @@
+// The first layer of a style network on compute capability 9.0: pad, KERNEL x KERNEL convolution of a picture
+// of 1 to 4 channels with stride 1, bias and ReLU where asked, into a channels_last picture, and the mean and
+// variance of every (image, channel) of what is written.
+//
+// A unit of work is one output row of a strip of 2 MMA_N pixels, for 32 output channels. Its product has the
+// rows 2 pixels x 32 channels and the columns MMA_N pairs of pixels. Input rows lie in shared memory as
+// [x][4 channels], the missing channels zero, so 16 bytes, a *chunk*, are 2 pixels: chunk j of the window of
+// KERNEL + 1 pixels of pair n lies at 16 (n + j). The windows overlap, and nothing is unfolded. A k16 step
+// takes two chunks of a row; an odd last chunk is paired with that of the next row, one row pitch away.
+// Such row pairs start at even slots of the ring of rows, so none wraps; whether a unit's first row has an
+// even or an odd slot decides between two orders of those weights.
+//
+// All 12 warps pack the first rows of a block, 4 of them go on packing ahead. Two consumer warpgroups take
+// alternate rows: one multiplies while the other takes statistics and stores. Blocks walk down a strip, one
+// new input row a unit; blockIdx.x % groups is the group of 32 output channels.
+//
+// A NaN in the input reaches one column more than the convolution has (the zero weight of the window's
+// pixel that belongs to the other pixel of the pair).
+//
+// Constants: DTYPE, PARAMETER, CHANNELS (of the input), KERNEL (3, 5, 7, 9), MMA_N, BOX (pixels of a tensor
+// store, which divide a strip), PAD (1 zeros, 2 reflect, 3 replicate), STATISTICS, BIAS, RELU (0 or 1).
+#include "channel_sums.cuh"
+#include "hopper.cuh"
+
+#define GROUP 32  // output channels of a block
+#define STRIP (2 * MMA_N)
+#define BOXES (STRIP / BOX)
+
+#define CHUNKS ((KERNEL + 1) / 2)
+#define ROW_STEPS (CHUNKS / 2)
+#define ROW_PAIRS (KERNEL / 2)
+#define TAIL_STEPS (CHUNKS % 2 ? ROW_PAIRS + 1 : 0)  // of the odd last chunks
+#define STEP_BYTES 2048                              // weights of a k16 step: 2 chunks x 64 rows x 16 bytes
+#define WEIGHT_BYTES ((KERNEL * ROW_STEPS + 2 * TAIL_STEPS) * STEP_BYTES)
+
+#define SLOTS 16  // rows in the ring: even, and no fewer than KERNEL
+#define ROW_PIXELS (STRIP + KERNEL - 1)
+#define PITCH (8 * ROW_PIXELS)
+#define PIXELS_A_LANE ((ROW_PIXELS + 31) / 32)
+
+#define STAGING_BYTES (64 * STRIP)  // a finished unit, on its way out
+#define FIRST_ROWS 12               // packed by all warps, one each
+
+static_assert(STRIP % BOX == 0 && BOX % 16 == 0 && BOX <= 256, "boxes are whole 8-pair groups");
+static_assert(SLOTS % 2 == 0 && SLOTS >= KERNEL && SLOTS >= FIRST_ROWS, "ring");
+
+template <int kRegisters> DEVICE void give_registers_back() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters> DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+DEVICE void store_shared(u32 address, u32 first, u32 second) {
+  asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(address), "r"(first), "r"(second) : "memory");
+}
+// Transposed 8x8 matrices: lane i says where row i % 8 of matrix i / 8 goes.
+DEVICE void store_transposed(u32 address, u32 a, u32 b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(address), "r"(a), "r"(b)
+               : "memory");
+}
+DEVICE void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a),
+               "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+// The input, with strides in elements.
+struct Picture {
+  const element* pixels;
+  i64 image, channel, row;
+  int pixel, height, width, top, left, padded_width;
+};
+
+// The pixel that stands at position `i` of a dimension of `size`, which may lie in the padding; -1 is a zero.
+DEVICE int source(int i, int size) {
+  const int last = size - 1;
+  if (PAD == 1 && (i < 0 || i > last)) return -1;
+  if (PAD == 2) i = abs(i), i = min(i, 2 * last - i);
+  if (PAD == 3) i = min(max(i, 0), last);
+  return i;
+}
+
+// Rows by their position in the order in which this block packs them; row i is in slot i % SLOTS. `full` and
+// `empty` are the barriers of slot 0. Both warpgroups pass every row on, after having seen it full.
+struct Ring {
+  u32 rows, full, empty;
+  DEVICE u32 row(int i) const { return rows + (u32)i % SLOTS * PITCH; }
+  DEVICE void wait_full(int i) const { barrier_wait(full + 8 * ((u32)i % SLOTS), (u32)i / SLOTS & 1); }
+  DEVICE void wait_empty(int i) const {
+    if (i >= SLOTS) barrier_wait(empty + 8 * ((u32)i % SLOTS), ((u32)i / SLOTS - 1) & 1);
+  }
+  DEVICE void arrive_full(int i) const { barrier_arrive(full + 8 * ((u32)i % SLOTS)); }
+  DEVICE void arrive_empty(int i) const { barrier_arrive(empty + 8 * ((u32)i % SLOTS)); }
+};
+
+// A block's units, by image, strip and output row; a *column* is a strip of an image.
+struct Share {
+  int first, end, height, strips;
+};
+
+// One warp packs one row of the padded picture from `column` on, kInFlight pixels of a lane on their way.
+template <int kInFlight>
+DEVICE void pack_row(const Picture& in, const Ring& ring, int position, int image, int row, int column) {
+  const int lane = threadIdx.x % 32, from_y = source(row - in.top, in.height);
+  const element* pixels = in.pixels + image * in.image + max(from_y, 0) * in.row;
+#pragma unroll
+  for (int start = 0; start < PIXELS_A_LANE; start += kInFlight) {
+    element values[kInFlight][4];
+#pragma unroll
+    for (int i = 0; i < kInFlight; i++) {
+      const int at = column + lane + 32 * (start + i);
+      // Beyond the padded picture are only pixels of zero weight and of outputs that are not stored.
+      const int from = from_y >= 0 && at < in.padded_width ? source(at - in.left, in.width) : -1;
+      const bool reads = start + i < PIXELS_A_LANE && from >= 0;
+#pragma unroll
+      for (int c = 0; c < 4; c++) {
+        values[i][c] = 0;
+        if (c < CHANNELS && reads) values[i][c] = pixels[c * in.channel + from * in.pixel];
+      }
+    }
+    if (start == 0) ring.wait_empty(position);
+#pragma unroll
+    for (int i = 0; i < kInFlight; i++) {
+      const int x = lane + 32 * (start + i);
+      const u32 first = values[i][0] | (u32)values[i][1] << 16;
+      const u32 second = values[i][2] | (u32)values[i][3] << 16;
+      if (x < ROW_PIXELS) store_shared(ring.row(position) + 8 * x, first, second);
+    }
+  }
+  async_fence();
+  __syncwarp();
+  if (lane == 0) ring.arrive_full(position);
+}
+
+// The rows at the positions `next`, `next` + `step`, ... below `end` of this block.
+template <int kInFlight>
+DEVICE void pack_rows(const Picture& in, const Ring& ring, const Share& share, int next, int step, int end) {
+  int position = 0;
+#pragma unroll 1
+  for (int unit = share.first; unit < share.end && next < end;) {
+    const int y = unit % share.height, column = unit / share.height;
+    const int units = min(share.end - unit, share.height - y), rows = units + KERNEL - 1;
+    const int image = column / share.strips, x = column % share.strips * STRIP;
+#pragma unroll 1
+    for (; next < min(end, position + rows); next += step)
+      pack_row<kInFlight>(in, ring, next, image, y + next - position, x);
+    position += rows;
+    unit += units;
+  }
+}
+
+// The unit that a warpgroup is at, and the position of its first input row.
+struct Unit {
+  int y, column, row;
+  DEVICE void advance(int height) {
+    const bool last = y == height - 1;
+    row += last ? KERNEL : 1;
+    column += last;
+    y = last ? 0 : y + 1;
+  }
+};
+
+DEVICE u32 finished(float first, float second, float bias) {
+  if (BIAS) first += bias, second += bias;
+  return RELU ? pack_relu(first, second) : pack<DTYPE>(first, second);
+}
+
+// Round a unit, write it to the staging memory as [pixel][32 channels], swizzled by 64 bytes, and take its
+// statistics. A thread has two channels and every 16th pixel and the one 2 beyond it; the first of the former
+// is `remaining` pixels from the end of the row.
+template <bool kWhole>
+DEVICE void write_unit(const float (&d)[MMA_N / 2], const float (&bias)[2], u32 to, QuadSums& statistics,
+                       int remaining) {
+  u32 before[2];
+  if (STATISTICS && statistics.count == 0)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const float pivot = low(finished(d[2 * i], d[2 * i + 1], bias[i]));
+      statistics.sums[i].start(kWhole || remaining > 0 ? pivot : 0.f);
+    }
+#pragma unroll
+  for (int g = 0; g < MMA_N / 8; g++) {
+    const bool first = 16 * g < remaining, second = 16 * g + 2 < remaining;
+    u32 pairs[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      pairs[i] = finished(d[4 * g + 2 * i], d[4 * g + 2 * i + 1], bias[i]);
+      if (!STATISTICS) continue;
+      PivotSum& sum = statistics.sums[i];
+      if (kWhole) sum.add(low(pairs[i])), sum.add(high(pairs[i]));
+      else sum.add(low(pairs[i]), first), sum.add(high(pairs[i]), second);
+    }
+    if (!kWhole) statistics.count += first + second;
+    if (g % 2) store_transposed(to + (g - 1) * 1024, before[0], before[1], pairs[0], pairs[1]);
+    else if (g == MMA_N / 8 - 1) store_transposed(to + g * 1024, pairs[0], pairs[1]);
+    before[0] = pairs[0], before[1] = pairs[1];
+  }
+  if (kWhole) statistics.count += MMA_N / 4;
+}
+
+// Grid groups x blocks, 384 threads; `weights` (groups, steps, 2 chunks, 64 rows, 8) has first the steps of
+// whole rows, then the tail for an even and for an odd first slot. `out` is the map of the output with boxes
+// of GROUP channels and BOX pixels of a row, swizzled by 64 bytes. Images x strips x rows < 2^31.
+extern "C" __global__ void __launch_bounds__(384, 1) first_conv(
+    const __grid_constant__ TensorMap out, const element* x, const element* weights, const element* bias,
+    SumsWorkspace* workspace, float* mean, float* variance, i64 x_image, i64 x_channel, i64 x_row,
+    int x_pixel, int images, int height, int width, int out_channels, int out_height, int out_width, int top,
+    int left, int strips) {
+  extern __shared__ unsigned char memory[];
+  launch_dependents();
+  const u32 staging = (shared_address(memory) + 1023) & ~1023u;  // 512-byte rows of the swizzle
+  const u32 held_weights = staging + 2 * STAGING_BYTES, rows = held_weights + WEIGHT_BYTES;
+  const u32 full = rows + SLOTS * PITCH, empty = full + 8 * SLOTS, weights_ready = empty + 8 * SLOTS;
+  const u32 turn = weights_ready + 8;
+  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32, warpgroup = warp / 4;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < SLOTS; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 8);
+    barrier_init(weights_ready, 1);
+    barrier_init(turn, 4);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  const int groups = (out_channels + GROUP - 1) / GROUP, group = blockIdx.x % groups;
+  const i64 units = (i64)images * strips * out_height;
+  const int block = blockIdx.x / groups, blocks = gridDim.x / groups;
+  const int first_unit = (int)(units * block / blocks), end_unit = (int)(units * (block + 1) / blocks);
+  const Share share = {first_unit, end_unit, out_height, strips};
+  const Picture in = {x,     x_image, x_channel, x_row, x_pixel,
+                      height, width,   top,       left,  out_width + KERNEL - 1};
+  const Ring ring = {rows, full, empty};
+
+  if (warpgroup == 2) {
+    give_registers_back<104>();
+    if (thread == 0) {
+      barrier_expect(weights_ready, WEIGHT_BYTES);
+      bulk_copy(held_weights, weights + (i64)group * (WEIGHT_BYTES / 2), WEIGHT_BYTES, weights_ready);
+    }
+    __syncwarp();
+    wait_for_previous();
+    pack_rows<6>(in, ring, share, warp - 8, FIRST_ROWS, FIRST_ROWS);
+    pack_rows<6>(in, ring, share, FIRST_ROWS + warp - 8, 4, 0x7fffffff);
+    if (thread == 0) barrier_wait(weights_ready, 0);  // no exit with a copy under way
+    return;
+  }
+
+  take_registers<200>();
+  wait_for_previous();
+  pack_rows<PIXELS_A_LANE>(in, ring, share, 4 + warp, FIRST_ROWS, FIRST_ROWS);
+  const int parity = warp % 4 / 2;                              // which pixel of the pairs
+  const int channel = group * GROUP + warp % 2 * 16 + lane / 4;  // and the one 8 above it
+  float d[MMA_N / 2], added[2] = {0.f, 0.f};
+  if (BIAS)
+    for (int i = 0; i < 2; i++)
+      if (channel + 8 * i < out_channels) added[i] = to_float<DTYPE>(bias[channel + 8 * i]);
+  QuadSums statistics = {};
+  const double per_pixel = 1.0 / ((double)out_height * out_width);
+  const u32 stage = staging + warpgroup * STAGING_BYTES;
+  // Where this lane's row of the 8x8 matrices goes: lane % 8 is the pair, of 128 bytes; lane / 8 % 2 says
+  // which 8 of the warp's 16 channels, lane / 16 which 8 pairs.
+  const int eighth = (warp % 2 * 2 + lane / 8 % 2) ^ lane % 4;
+  const u32 to = stage + lane / 16 * 1024 + lane % 8 * 128 + parity * 64 + eighth * 16;
+
+  const int count = share.end - share.first;
+  Unit unit = {share.first % out_height, share.first / out_height, 0};
+  if (warpgroup == 1) unit.advance(out_height);
+  int released = 0;  // rows that this warpgroup has passed on
+  if (warpgroup < count) barrier_wait(weights_ready, 0);
+#pragma unroll 1
+  for (int j = warpgroup; j < count; j += 2) {
+    // Rows that only the other warpgroup reads.
+    for (; released < unit.row; released++) {
+      ring.wait_full(released);
+      if (lane == 0) ring.arrive_empty(released);
+    }
+    if (j > 0) barrier_wait(turn, (j - 1) & 1);  // the other warpgroup has issued the products of unit j - 1
+    const u64 a = descriptor(held_weights, STEP_BYTES / 2, 128, SWIZZLE_NONE);
+#pragma unroll
+    for (int r = 0; r < KERNEL; r++) {
+      ring.wait_full(unit.row + r);
+      const u64 windows = descriptor(ring.row(unit.row + r), 16, 128, SWIZZLE_NONE);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < ROW_STEPS; k++)
+        multiply(d, a + (r * ROW_STEPS + k) * (STEP_BYTES / 16), windows + 2 * k, r + k > 0);
+    }
+    if (TAIL_STEPS) {
+      const int odd = unit.row & 1, alone = odd ? 0 : KERNEL - 1;
+      const u64 tail = a + (KERNEL * ROW_STEPS + odd * TAIL_STEPS) * (STEP_BYTES / 16);
+#pragma unroll
+      for (int k = 0; k < ROW_PAIRS; k++) {
+        const u32 last_chunk = ring.row(unit.row + odd + 2 * k) + 16 * (CHUNKS - 1);
+        multiply(d, tail + k * (STEP_BYTES / 16), descriptor(last_chunk, PITCH, 128, SWIZZLE_NONE), 1);
+      }
+      // The row without a partner: its last two chunks, the former with zero weights.
+      const u32 last_chunks = ring.row(unit.row + alone) + 16 * (CHUNKS - 2);
+      multiply(d, tail + ROW_PAIRS * (STEP_BYTES / 16), descriptor(last_chunks, 16, 128, SWIZZLE_NONE), 1);
+    }
+    wgmma_commit();
+    if (lane == 0) barrier_arrive(turn);
+    const int image = unit.column / strips, y = unit.y, x0 = unit.column % strips * STRIP;
+    const int read = unit.row + KERNEL;
+    unit.advance(out_height);
+    unit.advance(out_height);
+    if (lane == 0) store_wait_read<0>();  // the unit before has left the staging memory
+    wgmma_wait<0>();
+    const int keep = j + 2 < count ? min(read, unit.row) : read;
+    if (lane == 0)
+      for (int i = released; i < keep; i++) ring.arrive_empty(i);
+    released = keep;
+    named_barrier(1 + warpgroup, 128);
+    const int remaining = out_width - x0 - lane % 4 * 4 - parity;
+    if (x0 + STRIP <= out_width) write_unit<true>(d, added, to, statistics, remaining);
+    else write_unit<false>(d, added, to, statistics, remaining);
+    async_fence();
+    named_barrier(1 + warpgroup, 128);
+    if (lane == 0) {
+#pragma unroll
+      for (int i = 0; i < BOXES; i += 4) {
+        const int box = i + warp % 4, at = x0 + box * BOX;
+        if (box < BOXES && at < out_width)
+          tensor_store(out, group * GROUP, y, at, image, stage + box * BOX * 64);
+      }
+      store_commit();
+    }
+    if (STATISTICS && (j + 2 >= count || unit.column / strips != image))
+      statistics.flush(workspace, block % COPIES, (i64)images * out_channels, (i64)image * out_channels + channel, 8,
+                       (i64)(image + 1) * out_channels, per_pixel);
+  }
+  if (STATISTICS) finish_sums(workspace, images * out_channels, mean, variance, threadIdx.x, 256, 3);
+  if (lane == 0) store_wait<0>();
+}

@@ -1,0 +1,437 @@
+// A convolution on the tensor cores of compute capability 9.0 that finishes its producer's norm on the way in
+// and takes the statistics of its own output on the way out:
+//
+//   z   = act((x - mean) / sqrt(variance + eps) * weight + bias) (+ residual),  written to `kept` if asked for
+//   out = conv(pad(z)),  or conv3x3(pad1(upsample_nearest2(z))) in its sub-pixel form
+//
+// Pictures are channels_last. The product has output channels as its 64 rows (a block of the grid keeps one
+// such row block) and the 32 x 8 pixels of a tile as its 256 columns: reading 80 bytes of shared memory a clock,
+// it leaves room for the copies around it.
+//  * A tile's input with its halo comes in slots of SLOT_CHANNELS channels, raw, by tensor copies into a ring. With
+//    stride 2 a slot has four planes, the pixels of even and odd rows and columns: a tap is always a start address.
+//  * One warpgroup normalises, activates and adds in place, then mirrors the border; two others multiply in turns, so
+//    that one stores its tile while the other multiplies, and refill the slots that they have read.
+//  * Weights stay in shared memory for the whole (persistent) block where they fit; else (STREAMED) they
+//    come with the slots.
+//  * A 3x3 convolution of a picture enlarged by 2 sees only 2x2 source pixels: one 2x2 convolution for
+//    each parity (p, q) of the output's row and column, with weights summed beforehand (4/9 of the products). Row block
+//    (p, q) reads from source pixel (y - 1 + p, x - 1 + q). Where several q (or p) share a row block, they share the
+//    window (x - 1, x) instead and write the columns 2x and 2x - 1, over one window more.
+//
+// Constants: DTYPE, PARAMETER, CHANNELS (in), OUT_CHANNELS, KERNEL_H, KERNEL_W, STRIDE (1, 2), SUBPIXEL, PAD (0 none,
+// 1 zeros, 2 reflect, 3 replicate; of the source when SUBPIXEL), SLOT_CHANNELS (16, 32), SLOTS, STREAMED, RELU,
+// RESIDUAL, KEEP (STRIDE 1), TRANSFORM (0 where the input is finished), STATISTICS, BIAS, OUTPUT_RELU.
+#define MMA_N 256
+#include "channel_sums.cuh"
+#include "hopper.cuh"
+#include "norm.cuh"
+
+#define TILE_W 32
+#define TILE_H 8
+#define TAPS_X (SUBPIXEL ? 2 : KERNEL_W)
+#define TAPS_Y (SUBPIXEL ? 2 : KERNEL_H)
+#define TAPS (TAPS_X * TAPS_Y)
+#define PHASES (SUBPIXEL ? 4 : 1)
+#define PHASE_ROWS \
+  (OUT_CHANNELS <= 16 && SUBPIXEL ? 16 : OUT_CHANNELS <= 32 && SUBPIXEL ? 32 : (OUT_CHANNELS + 63) / 64 * 64)
+#define ROW_BLOCKS (PHASES * PHASE_ROWS / 64)
+#define SHARED_X (PHASE_ROWS < 64)  // both q in one row block
+#define SHARED_Y (PHASE_ROWS < 32)
+#define ZOOM (SUBPIXEL ? 2 : 1)
+
+#define PIXEL_BYTES (SLOT_CHANNELS * 2)
+#define CHUNKS (SLOT_CHANNELS / 8)  // 16-byte chunks of a pixel
+#define PLANE_W (TILE_W + (TAPS_X - 1) / STRIDE)
+#define PLANE_H (TILE_H + (TAPS_Y - 1) / STRIDE)
+#define PLANE_PIXELS (PLANE_W * PLANE_H)
+#define PLANE_BYTES ((PLANE_PIXELS * PIXEL_BYTES + 511) / 512 * 512)  // a whole number of swizzle patterns
+#define PLANES (STRIDE * STRIDE)
+#define HALO_W ((TILE_W - 1) * STRIDE + TAPS_X)
+#define HALO_H ((TILE_H - 1) * STRIDE + TAPS_Y)
+#define DEPTH ((CHANNELS + SLOT_CHANNELS - 1) / SLOT_CHANNELS)  // slots of a tile
+#define WEIGHT_BYTES (TAPS * 64 * PIXEL_BYTES)                  // of one slot's channels and one row block
+#define PICTURE_BYTES (PLANES * PLANE_BYTES)
+#define SLOT_BYTES (PICTURE_BYTES * (RESIDUAL ? 2 : 1) + (STREAMED ? WEIGHT_BYTES : 0))  // its residual beside it
+#define SWIZZLE (SLOT_CHANNELS == 32 ? SWIZZLE_64 : SWIZZLE_32)
+
+#define PRODUCTS (TAPS * SLOT_CHANNELS / 16)  // of one slot
+#define EARLY (PRODUCTS < 3 ? PRODUCTS : 3)   // after so many the slot before is known to have been read
+#define UNITS ((PLANE_PIXELS * CHUNKS + 127) / 128)
+#define BATCH 6  // chunks that a thread has in registers at once
+
+// Whole tiles leave through shared memory, for full lines of memory: ROUND columns of 8 pixels at a time, in two
+// buffers a warpgroup, for each phase that the row block has as [pixel][channel], swizzled by the size of a pixel.
+#define ROUND 4
+#define PHASE_CHANNELS (PHASE_ROWS < 64 ? PHASE_ROWS : 64)
+#define BLOCK_PHASES (64 / PHASE_CHANNELS)
+#define STAGE_BYTES (ROUND * TILE_H * 128)
+
+// The physical chunk of a pixel's logical one: the swizzle of the tensor map and the operand descriptor.
+DEVICE int swizzled(int pixel, int chunk) {
+  return chunk ^ (SLOT_CHANNELS == 32 ? (pixel >> 1) & 3 : (pixel >> 2) & 1);
+}
+
+// Where a slot has a chunk of the pixel `y` rows and `x` columns into the tile's halo.
+DEVICE int address_in_slot(int y, int x, int chunk) {
+  const int pixel = x / STRIDE * PLANE_H + y / STRIDE;
+  return (y % STRIDE * STRIDE + x % STRIDE) * PLANE_BYTES + pixel * PIXEL_BYTES + swizzled(pixel, chunk) * 16;
+}
+
+struct Tile {
+  int image, y, x;
+};
+
+// Of the output, or of its pixels of each parity (p, q) as a picture of their own.
+struct OutMaps {
+  TensorMap phase[PHASES];
+};
+
+// n / d for n < 2^21, from 2^42 / d rounded up: a division would be hundreds of cycles in front of every slot.
+DEVICE int quotient(int n, u64 reciprocal) { return (int)((u64)n * reciprocal >> 42); }
+
+// What coordinate `at` outside [0, size) is a copy of; for zeros itself.
+DEVICE int mirrored(int at, int size) {
+  if (PAD == 2) return at < 0 ? -at : at >= size ? 2 * size - 2 - at : at;
+  if (PAD == 3) return min(max(at, 0), size - 1);
+  return at;
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    halo_conv(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap residual_map,
+              const __grid_constant__ TensorMap kept_map, const __grid_constant__ OutMaps out_maps,
+              const unsigned char* __restrict__ weights, const float* mean, const float* variance,
+              const parameter* norm_weight, const parameter* norm_bias, float eps, i64 image_stride, element* kept,
+              element* out, const element* bias, SumsWorkspace* workspace, float* out_mean, float* out_variance,
+              int images, int height, int width, int out_height, int out_width, int top, int left, int tiles_x,
+              int tiles_per_image, u64 line_reciprocal, u64 image_reciprocal) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const u32 stages = shared_address(shared), slots = stages + 4 * STAGE_BYTES, weight_base = slots + SLOTS * SLOT_BYTES;
+  const u32 affines = weight_base + (STREAMED ? 0 : DEPTH * WEIGHT_BYTES);
+  const u32 barriers = affines + DEPTH * SLOT_CHANNELS * 8;
+  const u32 raw = barriers, full = raw + 8 * SLOTS, empty = full + 8 * SLOTS, weights_full = empty + 8 * SLOTS;
+  const u32 order = weights_full + 8 * DEPTH;
+  const int group = threadIdx.x >> 7, thread = threadIdx.x & 127, lane = threadIdx.x & 31, warp = thread >> 5;
+  const int row_block = blockIdx.x % ROW_BLOCKS, first = blockIdx.x / ROW_BLOCKS, step = gridDim.x / ROW_BLOCKS;
+  const int all_tiles = images * tiles_per_image, tiles = (all_tiles - first + step - 1) / step, total = tiles * DEPTH;
+  // Where this row block's taps start in the source.
+  const int parity = row_block * 64 / PHASE_ROWS;
+  const int origin_y = (SUBPIXEL && !SHARED_Y ? parity >> 1 : 0) - top,
+            origin_x = (SUBPIXEL && !SHARED_X ? parity & 1 : 0) - left;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < SLOTS; i++) {
+      barrier_init(raw + 8 * i, 1), barrier_init(full + 8 * i, 4), barrier_init(empty + 8 * i, KEEP ? 5 : 4);
+    }
+    for (int i = 0; i < DEPTH; i++) barrier_init(weights_full + 8 * i, 1);
+    barrier_init(order, 4);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  launch_dependents();
+
+  auto tile_at = [&](int j) {
+    const int tile = first + j * step, image = quotient(tile, image_reciprocal), rest = tile - image * tiles_per_image;
+    const int line = quotient(rest, line_reciprocal);
+    return Tile{image, line * TILE_H, (rest - line * tiles_x) * TILE_W};
+  };
+  auto slot_of = [&](int use) { return slots + use % SLOTS * SLOT_BYTES; };
+  // The row blocks share the writing of `kept`.
+  auto keeps = [&](int use) { return KEEP && use % DEPTH * ROW_BLOCKS / DEPTH == row_block; };
+  auto weights_of = [&](int depth) { return weights + (i64)(row_block * DEPTH + depth) * WEIGHT_BYTES; };
+  // Of one thread: the copies into a slot that is free.
+  auto copy_tile = [&](u32 to, const TensorMap& from, int use, const Tile& tile, u32 barrier) {
+#pragma unroll
+    for (int plane = 0; plane < PLANES; plane++)
+      tensor_copy(to + plane * PLANE_BYTES, from, use % DEPTH * SLOT_CHANNELS,
+                  tile.y * STRIDE + origin_y + plane / STRIDE, tile.x * STRIDE + origin_x + plane % STRIDE, tile.image,
+                  barrier);
+  };
+  auto fetch = [&](int use, const Tile& tile) {
+    const u32 barrier = raw + 8 * (use % SLOTS);
+    barrier_expect(barrier, PLANES * PLANE_PIXELS * PIXEL_BYTES * (RESIDUAL ? 2 : 1) + (STREAMED ? WEIGHT_BYTES : 0));
+    copy_tile(slot_of(use), map, use, tile, barrier);
+    if (RESIDUAL) copy_tile(slot_of(use) + PICTURE_BYTES, residual_map, use, tile, barrier);
+    if (STREAMED) bulk_copy(slot_of(use) + SLOT_BYTES - WEIGHT_BYTES, weights_of(use % DEPTH), WEIGHT_BYTES, barrier);
+  };
+
+  if (group == 2) {  // the warpgroup that normalises
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 120;");
+    auto fetch_weights = [&](int i) {
+      barrier_expect(weights_full + 8 * i, WEIGHT_BYTES);
+      bulk_copy(weight_base + i * WEIGHT_BYTES, weights_of(i), WEIGHT_BYTES, weights_full + 8 * i);
+    };
+    if (thread == 0) {
+      // The copy engine works in order: slots and weights alternate, or the first tile would wait for all weights.
+      prefetch(map);
+      if (!STREAMED) fetch_weights(0);
+      wait_for_previous();
+      for (int i = 0; i < (DEPTH > SLOTS ? DEPTH : SLOTS); i++) {
+        if (i < SLOTS && i < total) fetch(i, tile_at(i / DEPTH));
+        if (!STREAMED && i + 1 < DEPTH) fetch_weights(i + 1);
+      }
+    }
+    __syncwarp();
+    const Norm norm = {mean, variance, norm_weight, norm_bias, eps, image_stride};
+    // A thread has the same chunk of channels of every pixel it touches.
+    const int first_pixel = thread / CHUNKS, chunk = swizzled(first_pixel, thread % CHUNKS);
+    wait_for_previous();
+    int image = -1;
+    Affine coming = {0.f, 0.f};  // of this thread's first channel, loaded a tile before its image's first slot
+    auto affine_of = [&](int image, int c) { return c < CHANNELS ? norm.at(image, c) : Affine{0.f, 0.f}; };
+    if (tiles > 0) coming = affine_of(tile_at(0).image, thread);
+#pragma unroll 1
+    for (int use = 0; use < total; use++) {
+      const Tile tile = tile_at(use / DEPTH);
+      const int channel = use % DEPTH * SLOT_CHANNELS + chunk * 8;
+      const int y0 = tile.y * STRIDE + origin_y, x0 = tile.x * STRIDE + origin_x;
+      const u32 slot = slot_of(use), residual = slot + PICTURE_BYTES;
+      if (tile.image != image) {
+        image = tile.image;
+        named_barrier(1, 128);
+        for (int c = thread; c < DEPTH * SLOT_CHANNELS; c += 128) {
+          const Affine affine = c < 128 ? coming : affine_of(image, c);
+          asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(affines + c * 8), "f"(affine.scale), "f"(affine.shift)
+                       : "memory");
+        }
+        named_barrier(1, 128);
+      }
+      if (use % DEPTH == 0 && images > 1) {
+        const int next = tile_at(min(use / DEPTH + 1, tiles - 1)).image;
+        if (next != image) coming = affine_of(next, thread);
+      }
+      Affine affine[8];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const uint4 two = load_shared(affines + channel * 8 + i * 16);
+        affine[2 * i] = {__uint_as_float(two.x), __uint_as_float(two.y)};
+        affine[2 * i + 1] = {__uint_as_float(two.z), __uint_as_float(two.w)};
+      }
+      auto apply = [&](u32 pair, int i, u32 more) {
+        const float a = affine[2 * i](low(pair)), b = affine[2 * i + 1](high(pair));
+        if (!RESIDUAL) return RELU ? pack_relu(a, b) : pack<DTYPE>(a, b);
+        return pack<DTYPE>((RELU ? clamp_below(a, 0.f) : a) + low(more), (RELU ? clamp_below(b, 0.f) : b) + high(more));
+      };
+      if (KEEP && thread == 0 && use > 1) {  // the slot before the last one has been written to `kept`
+        store_wait_read<1>();
+        barrier_arrive(empty + 8 * ((use - 2) % SLOTS));
+      }
+      barrier_wait(raw + 8 * (use % SLOTS), use / SLOTS & 1);
+#pragma unroll
+      for (int plane = 0; plane < (TRANSFORM ? PLANES : 0); plane++) {
+        const u32 offset = plane * PLANE_BYTES + thread * 16;
+#pragma unroll
+        for (int begin = 0; begin < UNITS; begin += BATCH) {
+          uint4 v[BATCH], more[RESIDUAL ? BATCH : 1];
+#pragma unroll
+          for (int i = begin; i < begin + BATCH && i < UNITS; i++)
+            if ((i + 1) * 128 <= PLANE_PIXELS * CHUNKS || thread + i * 128 < PLANE_PIXELS * CHUNKS) {
+              v[i - begin] = load_shared(slot + offset + i * 2048);
+              if (RESIDUAL) more[i - begin] = load_shared(residual + offset + i * 2048);
+            }
+#pragma unroll
+          for (int i = begin; i < begin + BATCH && i < UNITS; i++)
+            if ((i + 1) * 128 <= PLANE_PIXELS * CHUNKS || thread + i * 128 < PLANE_PIXELS * CHUNKS) {
+              const uint4 in = v[i - begin], add = more[RESIDUAL ? i - begin : 0];
+              store_shared(slot + offset + i * 2048, make_uint4(apply(in.x, 0, add.x), apply(in.y, 1, add.y),
+                                                                apply(in.z, 2, add.z), apply(in.w, 3, add.w)));
+            }
+        }
+      }
+      const bool border = PAD && (y0 < 0 || x0 < 0 || y0 + HALO_H > height || x0 + HALO_W > width);
+      if (keeps(use)) async_fence();
+      if (border || keeps(use)) named_barrier(1, 128);
+      if (KEEP && thread == 0) {  // with its halo: a neighbour writes the same numbers
+        if (keeps(use) && y0 >= 0 && x0 >= 0)
+          tensor_store(kept_map, use % DEPTH * SLOT_CHANNELS, y0, x0, tile.image, slot);
+        store_commit();
+      }
+      if (keeps(use) && (y0 < 0 || x0 < 0) && channel < CHANNELS) {  // a tensor store must not start outside
+        element* to = kept + (i64)tile.image * height * width * CHANNELS + channel;
+#pragma unroll 4
+        for (int i = 0; i < UNITS; i++) {
+          const int pixel = first_pixel + i * (128 / CHUNKS), row = y0 + pixel % PLANE_H, column = x0 + pixel / PLANE_H;
+          if (pixel < PLANE_PIXELS && (u32)row < (u32)height && (u32)column < (u32)width)
+            *reinterpret_cast<uint4*>(to + ((i64)row * width + column) * CHANNELS) =
+                load_shared(slot + thread * 16 + i * 2048);
+        }
+      }
+      if (border) {  // what lies outside is a copy of finished pixels of the same tile
+        // Rows above and below the picture, then columns left and right of it; farther out no window that counts reads.
+        const int above = max(-y0, 0), rows = above + min(max(y0 + HALO_H - height, 0), TAPS_Y - 1);
+        const int before = max(-x0, 0), columns = before + min(max(x0 + HALO_W - width, 0), TAPS_X - 1);
+#pragma unroll 1
+        for (int i = first_pixel; i < rows * HALO_W + columns * HALO_H; i += 128 / CHUNKS) {
+          const int side = i - rows * HALO_W, line = side < 0 ? i / HALO_W : side / HALO_H;
+          const int row = side < 0 ? y0 + line + (line < above ? 0 : height - y0 - above) : y0 + side % HALO_H;
+          const int column = side < 0 ? x0 + i % HALO_W : x0 + line + (line < before ? 0 : width - x0 - before);
+          const int from_y = mirrored(row, height) - y0, from_x = mirrored(column, width) - x0;
+          uint4 z = make_uint4(0, 0, 0, 0);
+          if (PAD != 1) {
+            if ((u32)from_y >= HALO_H || (u32)from_x >= HALO_W) continue;
+            z = load_shared(slot + address_in_slot(from_y, from_x, chunk));
+          }
+          store_shared(slot + address_in_slot(row - y0, column - x0, chunk), z);
+        }
+      }
+      async_fence();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(full + 8 * (use % SLOTS));
+    }
+    if (KEEP && thread == 0) store_wait<0>();
+    if (!STREAMED && thread == 0)  // no exit with a copy under way
+      for (int i = 0; i < DEPTH; i++) barrier_wait(weights_full + 8 * i, 0);
+  } else {  // two warpgroups that multiply, a tile each in turn
+    asm volatile(
+        "setmaxnreg.inc.sync.aligned.u32 192;");  // 128 x 120 + 256 x 192 is what 384 threads are launched with
+    float d[MMA_N / 2];
+    // A lane's two rows of the product are output channels channel and channel + 8.
+    const int row = row_block * 64 + warp * 16, phase = row / PHASE_ROWS, channel0 = row % PHASE_ROWS;
+    const int channel = channel0 + (lane >> 2);
+    const int shift_y = SUBPIXEL ? (SHARED_Y ? -(phase >> 1) : phase >> 1) : 0,
+              shift_x = SUBPIXEL ? (SHARED_X ? -(phase & 1) : phase & 1) : 0;
+    QuadSums statistics = {};
+    int image = -1;
+    float add[2] = {0.f, 0.f};
+    if (BIAS) {
+      wait_for_previous();
+      for (int i = 0; i < 2; i++)
+        if (channel + 8 * i < OUT_CHANNELS) add[i] = to_float<DTYPE>(bias[channel + 8 * i]);
+    }
+    auto flush = [&]() {
+      const i64 before = (i64)image * OUT_CHANNELS;
+      if (image >= 0)
+        statistics.flush(workspace, first % COPIES, (i64)images * OUT_CHANNELS, before + channel, 8,
+                         before + OUT_CHANNELS, 1.0 / ((double)out_height * out_width));
+    };
+#pragma unroll 1
+    for (int j = group; j < tiles; j += 2) {
+      auto release = [&](int use, const Tile& next) {  // its slot has been read: warp 0 refills it, with part of `next`
+        if (lane == 0) {
+          barrier_arrive(empty + 8 * (use % SLOTS));
+          if (warp % 4 == 0 && use + SLOTS < total) {
+            barrier_wait(empty + 8 * (use % SLOTS), use / SLOTS & 1);
+            fetch(use + SLOTS, next);
+          }
+        }
+        __syncwarp();
+      };
+      if (j > 0) barrier_wait(order, (j - 1) & 1);  // the other warpgroup has issued all products of tile j - 1
+      int use = j * DEPTH;
+#pragma unroll 1
+      for (int depth = 0; depth < DEPTH; depth++, use++) {
+        const Tile next = tile_at((use - 1 + SLOTS) / DEPTH);  // found before there is any hurry
+        if (!STREAMED && j == group) barrier_wait(weights_full + 8 * depth, 0);
+        barrier_wait(full + 8 * (use % SLOTS), use / SLOTS & 1);
+        const u32 slot = slot_of(use);
+        const u64 a = descriptor(STREAMED ? slot + SLOT_BYTES - WEIGHT_BYTES : weight_base + depth * WEIGHT_BYTES, 1024,
+                                 128, SWIZZLE_NONE);
+        const u64 b = descriptor(slot, 16, PLANE_H * PIXEL_BYTES, SWIZZLE);
+        wgmma_fence();
+#pragma unroll
+        for (int m = 0; m < PRODUCTS; m++) {
+          const int k = m / TAPS, tap = m % TAPS, dx = tap % TAPS_X, dy = tap / TAPS_X;
+          const int plane = dy % STRIDE * STRIDE + dx % STRIDE, pixel = dx / STRIDE * PLANE_H + dy / STRIDE;
+          multiply(d, a + (u64)((tap * 64 * PIXEL_BYTES + k * 2048) >> 4),
+                   b + (u64)((plane * PLANE_BYTES + pixel * PIXEL_BYTES + k * 32) >> 4), (depth | m) != 0);
+          if (m == EARLY - 1) {
+            wgmma_commit();
+            if (depth > 0) {
+              wgmma_wait<1>();
+              release(use - 1, next);
+            }
+            wgmma_fence();
+          }
+        }
+        wgmma_commit();
+      }
+      if (lane == 0) barrier_arrive(order);
+      const Tile tile = tile_at(j), next = tile_at((use - 1 + SLOTS) / DEPTH);
+      wgmma_wait<0>();
+      release(use - 1, next);
+      // Two neighbouring accumulators, of one channel, as they are written.
+      auto finished = [&](int i) {
+        const float bias_i = add[i >> 1 & 1], a = BIAS ? d[i] + bias_i : d[i], b = BIAS ? d[i + 1] + bias_i : d[i + 1];
+        return OUTPUT_RELU ? pack_relu(a, b) : pack<DTYPE>(a, b);
+      };
+      if (STATISTICS && tile.image != image) {
+        flush();
+        image = tile.image;
+        // The pivot is the tile's first pixel that is written: the second where the first window is the other parity's.
+        const bool next_x = SHARED_X && tile.x == 0, next_y = SHARED_Y && tile.y == 0;
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          const u32 pair = __shfl_sync(~0u, next_x ? finished(4 + 2 * k) : finished(2 * k), lane & ~3);
+          statistics.sums[k].start(next_y ? high(pair) : low(pair));
+        }
+      }
+      if (tile.y >= SHARED_Y && tile.x >= SHARED_X && (tile.y + TILE_H) * ZOOM <= out_height &&
+          (tile.x + TILE_W) * ZOOM <= out_width) {
+        // A lane's address for the store of four 8x8 matrices: channels 0 to 7 and 8 to 15 of two columns of pixels.
+        const int matrix = lane >> 3, line = lane & 7, block_phase = warp * 16 / PHASE_CHANNELS;
+        const int chunk = warp * 16 % PHASE_CHANNELS / 8 + (matrix & 1);
+#pragma unroll
+        for (int round = 0; round < TILE_W / ROUND; round++) {
+          const u32 stage = stages + (group * 2 + round % 2) * STAGE_BYTES;
+          if (thread == 0) store_wait_read<1>();  // the store before the last one has left this buffer
+          named_barrier(2 + group, 128);
+#pragma unroll
+          for (int g = 0; g < ROUND; g += 2) {
+            u32 pairs[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+              pairs[k] = finished(4 * (round * ROUND + g + k / 2) + 2 * (k % 2));
+              if (STATISTICS) statistics.sums[k % 2].add(low(pairs[k])), statistics.sums[k % 2].add(high(pairs[k]));
+            }
+            const int pixel = (g + (matrix >> 1)) * 8 + line;
+            const int swizzle = PHASE_CHANNELS == 64   ? pixel & 7
+                                : PHASE_CHANNELS == 32 ? pixel >> 1 & 3
+                                                       : pixel >> 2 & 1;
+            store_matrices(stage + block_phase * (STAGE_BYTES / BLOCK_PHASES) + pixel * PHASE_CHANNELS * 2 +
+                               ((chunk ^ swizzle) << 4),
+                           pairs);
+          }
+          async_fence();
+          named_barrier(2 + group, 128);
+          if (thread == 0) {
+#pragma unroll
+            for (int i = 0; i < BLOCK_PHASES; i++) {
+              const int p = (parity + i) >> 1, q = (parity + i) & 1;
+              tensor_store(out_maps.phase[SUBPIXEL ? parity + i : 0], row_block * 64 % PHASE_ROWS,
+                           tile.y - SHARED_Y * p, tile.x + round * ROUND - SHARED_X * q, tile.image,
+                           stage + i * (STAGE_BYTES / BLOCK_PHASES));
+            }
+            store_commit();
+          }
+        }
+        statistics.count += 2 * TILE_W;
+      } else {
+        // No warp may run ahead to the next tile's barriers, whose phases it could mistake.
+        named_barrier(2 + group, 128);
+        const int quad = lane & 3, line = lane >> 2, out_y = tile.y * ZOOM + shift_y, out_x = tile.x * ZOOM + shift_x;
+        element* to = out + (((i64)tile.image * out_height + out_y + line * ZOOM) * out_width + out_x) * OUT_CHANNELS +
+                      channel0 + quad * 2;
+        const bool stored = (u32)(out_y + line * ZOOM) < (u32)out_height;
+        const bool counts0 = (u32)(out_y + 2 * quad * ZOOM) < (u32)out_height,
+                   counts1 = (u32)(out_y + (2 * quad + 1) * ZOOM) < (u32)out_height;
+#pragma unroll
+        for (int g = 0; g < TILE_W; g++, to += ZOOM * OUT_CHANNELS) {
+          const bool inside = (u32)(out_x + g * ZOOM) < (u32)out_width;
+#pragma unroll
+          for (int k = 0; k < 2; k++) {
+            const u32 pair = finished(4 * g + 2 * k);
+            if (STATISTICS)
+              statistics.sums[k].add(low(pair), inside && counts0),
+                  statistics.sums[k].add(high(pair), inside && counts1);
+            const u32 two = transpose_8x8(pair);
+            if (stored && inside && channel0 + 8 * k < OUT_CHANNELS) *reinterpret_cast<u32*>(to + 8 * k) = two;
+          }
+          if (inside) statistics.count += (counts0 ? 1 : 0) + (counts1 ? 1 : 0);
+        }
+      }
+    }
+    if (STATISTICS) {
+      flush();
+      finish_sums(workspace, images * OUT_CHANNELS, out_mean, out_variance, threadIdx.x, 256, 4);
+    }
+    if (thread == 0) store_wait<0>();
+  }
+}

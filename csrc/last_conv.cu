@@ -1,0 +1,377 @@
+// The last layer of a network on the tensor cores of compute capability 9.0: a K x K convolution of many
+// channels into the few of a picture, with everything around it in the one launch:
+//
+//   z   = act((x - mean) / sqrt(variance + eps) * weight + bias)
+//   out = act(conv(pad(z)) + bias)
+//
+// So few output channels would leave the tensor cores idle, so the taps of a kernel row are made outputs too:
+//  * A unit is two output rows of a strip of pixels. The product's 64 rows are (output row, tap dx, output
+//    channel), its MMA_N columns are input pixels, and it sums over K + 1 input rows and the channels: plane
+//    (dx, o) at pixel x is what x gives to the output dx pixels to its left. out = bias + the sum of the
+//    planes, each shifted by its dx, added in fp32 through shared memory.
+//  * Below 32 channels a column is a pair of pixels, which halves the planes; their K + 1 taps are the
+//    distances from an output to the pair. A tap that misses a pixel of the pair, like a kernel row that
+//    misses an input row, multiplies it by a zero weight: NaN and infinity reach one pixel further than in
+//    eager PyTorch.
+//  * A block walks down a strip (or several). Input rows lie in a ring, each read by (K + 1) / 2 units. A row
+//    of channels_last pixels is contiguous: one warp fetches it by a one-dimensional bulk copy, and what lies
+//    in the padding pixel by pixel. Three warps normalise in place and move the 16-byte chunks to where the
+//    swizzled operand has them.
+//  * Two warpgroups take the units in turns: one multiplies while the other adds the planes and stores.
+//
+// Constants: DTYPE, PARAMETER, CHANNELS (8, 16, 32, 64), OUT_CHANNELS, KERNEL, RELU, MMA_N, SLOTS (rows of
+// the ring, more than KERNEL), PITCH (floats from plane to plane in shared memory, 8 or 24 modulo 32), HELD
+// (weights in registers; else in shared memory).
+#include "hopper.cuh"
+#include "norm.cuh"
+
+#define PIXELS (CHANNELS < 32 ? 2 : 1)  // of a column
+#define PIXEL_BYTES (CHANNELS * 2)
+#define COLUMN_BYTES (PIXELS * PIXEL_BYTES)
+#define CHUNKS (COLUMN_BYTES / 16)  // 16-byte chunks of a column
+#define ROW_PIXELS (MMA_N * PIXELS)
+#define ROW_BYTES (MMA_N * COLUMN_BYTES)
+#define ROWS (KERNEL + 1)               // input rows of a unit
+#define SHIFT ((KERNEL - 1) / PIXELS)   // columns from an output's first to its last
+#define STRIP ((MMA_N - SHIFT) * PIXELS)  // outputs in a row of a unit
+#define PLANES ((KERNEL + PIXELS - 1) * OUT_CHANNELS)
+#define ROW_STEPS (COLUMN_BYTES / 32)  // products, 16 deep, of an input row
+#define STEPS (ROWS * ROW_STEPS)
+#define HALF (MMA_N / 16 * 8)  // columns of outputs that are added first; the rest of the strip comes second
+#define WEIGHT_BYTES (HELD ? 0 : STEPS * 2048)
+#define PLANES_BYTES (2 * PLANES * PITCH * 4)
+#define SWIZZLE_128 1
+#define SWIZZLE (COLUMN_BYTES == 128 ? SWIZZLE_128 : COLUMN_BYTES == 64 ? SWIZZLE_64 : SWIZZLE_32)
+#define NORMALIZING 96  // threads
+// Of a thread that multiplies; the third warpgroup has the rest of the 3 x 168 that a block is launched with.
+#define MULTIPLYING_REGISTERS (HELD && 4 * STEPS + MMA_N / 2 > 160 ? 216 : 200)
+#define BATCH 5  // chunks of a thread on their way at once
+
+static_assert(PLANES <= 32 && SLOTS > KERNEL && PITCH >= HALF + 8 && PITCH >= MMA_N - HALF, "does not fit");
+
+// Floats in shared memory.
+DEVICE void store_pair(u32 address, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second) : "memory");
+}
+DEVICE float load_float(u32 address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
+struct Geometry {
+  int images, height, width, out_height, out_width, top, left, pad;
+
+  DEVICE int strips() const { return (out_width + STRIP - 1) / STRIP; }
+  DEVICE int row_pairs() const { return (out_height + 1) / 2; }
+  // The source of `at` along a dimension of `size` pixels that are padded up to `end`; outside for a zero.
+  // Past the end is what only outputs outside the picture, or zero weights, get to see.
+  DEVICE int source(int at, int size, int end) const {
+    at = min(at, end - 1);
+    if (pad == 2) return min(abs(at), 2 * (size - 1) - abs(at));
+    if (pad == 3) return min(max(at, 0), size - 1);
+    return at;
+  }
+  DEVICE int source_row(int y) const { return source(y, height, out_height + KERNEL - 1 - top); }
+  DEVICE int source_column(int x) const { return source(x, width, out_width + KERNEL - 1 - left); }
+};
+
+// The input of units that follow each other down one strip: pixels from (y, x), `rows` rows of `pixels` that
+// count. Coordinates are the picture's own, negative in the padding.
+struct Band {
+  int image, y, x, rows, pixels, units;
+
+  DEVICE Band(const Geometry& g, int unit, int end) {
+    const int pairs = g.row_pairs(), pair = unit % pairs, strip = unit / pairs % g.strips();
+    const int padded = g.out_width + KERNEL - 1 - strip * STRIP;
+    image = unit / pairs / g.strips();
+    units = min(end - unit, pairs - pair);
+    y = 2 * pair - g.top, x = strip * STRIP - g.left;
+    rows = 2 * units + KERNEL - 1, pixels = min(ROW_PIXELS, (padded + PIXELS - 1) / PIXELS * PIXELS);
+  }
+};
+
+// Where in the ring a role is: the slot of the next row, and the parity of its use.
+struct Cursor {
+  int slot;
+  u32 phase;
+
+  DEVICE void next() {
+    if (++slot == SLOTS) slot = 0, phase ^= 1;
+  }
+};
+
+struct Shared {
+  u32 ring, weights, planes, raw, full, empty, weights_full, order, adding;
+
+  DEVICE explicit Shared(u32 base) {
+    ring = base, weights = ring + SLOTS * ROW_BYTES, planes = weights + WEIGHT_BYTES;
+    raw = planes + PLANES_BYTES, full = raw + 8 * SLOTS, empty = full + 8 * SLOTS;
+    weights_full = empty + 8 * SLOTS, order = weights_full + 8, adding = order + 8;
+  }
+  DEVICE void init() const {
+    for (int i = 0; i < SLOTS; i++) {
+      barrier_init(raw + 8 * i, 1);
+      barrier_init(full + 8 * i, NORMALIZING / 32);
+      barrier_init(empty + 8 * i, 8);
+    }
+    barrier_init(weights_full, 1), barrier_init(order, 4), barrier_init(adding, 4);
+    barrier_init_fence();
+  }
+};
+
+// One warp: raw rows into the ring.
+DEVICE void fetch(const Shared& shared, const Geometry& g, const element* x, int begin, int end, int lane) {
+  Cursor at = {0, 0};
+  for (int unit = begin; unit < end;) {
+    const Band band(g, unit, end);
+    unit += band.units;
+    // Pixels of the band inside the picture, and how many lie in the padding before and after them.
+    const int from = max(band.x, 0), inside = max(min(band.x + band.pixels, g.width) - from, 0);
+    const int before = min(max(-band.x, 0), band.pixels), after = band.pixels - before - inside;
+    const int outside = g.pad == 1 ? 0 : before + after;
+    for (int i = 0; i < band.rows; i++) {
+      const int y = g.source_row(band.y + i);
+      const u32 slot = shared.ring + at.slot * ROW_BYTES, barrier = shared.raw + 8 * at.slot;
+      const bool zeros = (u32)y >= (u32)g.height;
+      const element* row = x + ((i64)band.image * g.height + y) * g.width * CHANNELS;
+      barrier_wait(shared.empty + 8 * at.slot, at.phase ^ 1);  // the first round returns at once
+      if (lane == 0) {
+        barrier_expect(barrier, zeros ? 0 : (inside + outside) * PIXEL_BYTES);
+        if (inside > 0 && !zeros) {
+          const u32 to = slot + (from - band.x) * PIXEL_BYTES;
+          bulk_copy(to, row + (i64)from * CHANNELS, inside * PIXEL_BYTES, barrier);
+        }
+      }
+      __syncwarp();
+#pragma unroll 1
+      for (int j = zeros ? outside : lane; j < outside; j += 32) {
+        const int pixel = j < before ? j : j + inside;
+        const element* copied = row + (i64)g.source_column(band.x + pixel) * CHANNELS;
+        bulk_copy(slot + pixel * PIXEL_BYTES, copied, PIXEL_BYTES, barrier);
+      }
+      at.next();
+    }
+  }
+}
+
+// Three warps: the ring's rows made ready. The swizzle moves the chunk at offset o of a row to
+// o ^ (o / 128 % CHUNKS * 16); the chunks of a column change places inside one warp.
+DEVICE void normalize(const Shared& shared, const Geometry& g, const Norm& norm, int begin, int end,
+                      int thread) {
+  constexpr int kStep = NORMALIZING * 16, kUnits = (ROW_BYTES + kStep - 1) / kStep;
+  static_assert(kStep / 128 % 4 == 0, "a thread's chunks differ in their swizzle by an XOR with 4 or 0");
+  const int channel = thread % (CHANNELS / 8) * 8, mine = thread * 16;
+  const int to = mine ^ ((mine / 128 % CHUNKS) * 16);
+  Cursor at = {0, 0};
+  for (int unit = begin; unit < end;) {
+    const Band band(g, unit, end);
+    unit += band.units;
+    const bool beyond = g.pad == 1 && (band.x < 0 || band.x + band.pixels > g.width);
+    Affine affine[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) affine[i] = norm.at(band.image, channel + i);
+    auto apply = [&](u32 pair, int i) {
+      const float a = affine[2 * i](low(pair)), b = affine[2 * i + 1](high(pair));
+      return RELU ? pack_relu(a, b) : pack<DTYPE>(a, b);
+    };
+#pragma unroll 1
+    for (int i = 0; i < band.rows; i++) {
+      const u32 slot = shared.ring + at.slot * ROW_BYTES;
+      auto has = [&](int j) { return (j + 1) * kStep <= ROW_BYTES || mine + j * kStep < ROW_BYTES; };
+      auto target = [&](int j) { return slot + (to ^ (j * (kStep / 128) % CHUNKS * 16)) + j * kStep; };
+      barrier_wait(shared.raw + 8 * at.slot, at.phase);
+#pragma unroll
+      for (int j0 = 0; j0 < kUnits; j0 += BATCH) {
+        uint4 v[BATCH];
+#pragma unroll
+        for (int j = j0; j < j0 + BATCH && j < kUnits; j++)
+          if (has(j)) v[j - j0] = load_shared(slot + mine + j * kStep);
+        __syncwarp();
+#pragma unroll
+        for (int j = j0; j < j0 + BATCH && j < kUnits; j++)
+          if (has(j)) {
+            const uint4 in = v[j - j0];
+            const uint4 z = make_uint4(apply(in.x, 0), apply(in.y, 1), apply(in.z, 2), apply(in.w, 3));
+            store_shared(target(j), z);
+          }
+      }
+      const bool zeros = (u32)g.source_row(band.y + i) >= (u32)g.height;
+      if (zeros || beyond) {
+#pragma unroll 1
+        for (int j = 0; j < kUnits; j++) {
+          const int x = band.x + (mine + j * kStep) / PIXEL_BYTES;
+          if (has(j) && (zeros || (u32)x >= (u32)g.width)) store_shared(target(j), make_uint4(0, 0, 0, 0));
+        }
+      }
+      async_fence();
+      __syncwarp();
+      if (thread % 32 == 0) barrier_arrive(shared.full + 8 * at.slot);
+      at.next();
+    }
+  }
+}
+
+// The picture that is written: elements from an output channel to the next, and from a pixel to the next.
+struct Picture {
+  element* out;
+  i64 plane;
+  int pixel;
+};
+
+// Two warpgroups; `group` takes units begin + group, + 2, ...
+DEVICE void multiply_and_add(const Shared& shared, const Geometry& g, const uint4* weights,
+                             const element* bias, float lower, const Picture& picture, int begin, int end,
+                             int group, int thread) {
+  const int lane = thread & 31, warp = thread >> 5;
+  uint4 held[HELD ? STEPS : 1];
+  if (HELD) {  // packed weights are finished long before this launch
+#pragma unroll
+    for (int i = 0; i < (HELD ? STEPS : 1); i++) held[i] = __ldg(weights + i * 128 + thread);
+  } else {
+    barrier_wait(shared.weights_full, 0);
+  }
+  wait_for_previous();
+  float added[OUT_CHANNELS];
+#pragma unroll
+  for (int o = 0; o < OUT_CHANNELS; o++) added[o] = bias ? to_float<DTYPE>(bias[o]) : 0.f;
+  // Rows of the product: those of output row p in warps 2p and 2p + 1. A lane holds two of them, 8 apart.
+  const int p = warp >> 1, plane = (warp & 1) * 16 + (lane >> 2);
+  const u32 keep = shared.planes + ((p * PLANES + plane) * PITCH + 2 * (lane & 3)) * 4;
+  const u32 add = shared.planes + (p * PLANES * PITCH + (thread & 63)) * 4;
+  const int barrier = 1 + group * 2 + p;  // of the two warps that share an output row
+
+  // The unit's place, and the row of the ring (counted from the first) that its input begins with.
+  const int pairs = g.row_pairs();
+  int pair = begin % pairs, strip = begin / pairs, row = 0, released = 0;
+  auto advance = [&]() {
+    const bool bottom = pair == pairs - 1;
+    row += bottom ? ROWS : 2, pair = bottom ? 0 : pair + 1, strip += bottom;
+  };
+  auto release = [&](int rows) {  // hand back what lies before
+    for (; released < rows; released++)
+      if (lane == 0) barrier_arrive(shared.empty + 8 * (released % SLOTS));
+    __syncwarp();
+  };
+  if (group == 1) {
+    advance();
+    release(row);
+  }
+  named_barrier(7, 256);
+  float d[MMA_N / 2];
+#pragma unroll 1
+  for (int j = group; j < end - begin; j += 2) {
+    if (j > 0) barrier_wait(shared.order, (j - 1) & 1);  // the other group's products are on their way
+    Cursor at = {row % SLOTS, (u32)(row / SLOTS & 1)};
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      barrier_wait(shared.full + 8 * at.slot, at.phase);
+      wgmma_fence();  // after every wait: ptxas would put its own there, and serialise
+      const u64 input = descriptor(shared.ring + at.slot * ROW_BYTES, 16, 8 * COLUMN_BYTES, SWIZZLE);
+#pragma unroll
+      for (int k = 0; k < ROW_STEPS; k++) {
+        const int step = r * ROW_STEPS + k;
+        const u64 weight = descriptor(shared.weights, 1024, 128, SWIZZLE_NONE) + step * 128;
+        if constexpr (HELD) multiply(d, held[step], input + 2 * k, step > 0);
+        else multiply(d, weight, input + 2 * k, step > 0);
+      }
+      at.next();
+      if (r == 1 || r == 3) wgmma_commit();
+      if (r == 3) {  // the first two rows have been read: back with them while the others are multiplied
+        wgmma_wait<1>();
+        release(row + 2);
+      }
+    }
+    wgmma_commit();
+    if (lane == 0) barrier_arrive(shared.order);
+    wgmma_wait<0>();
+    const int image = strip / g.strips(), x0 = strip % g.strips() * STRIP, y = 2 * pair + p;
+    advance();
+    advance();
+    // A warp two units ahead of another would take a barrier's phase for the one before the last.
+    named_barrier(5 + group, 128);
+    if (j > 0) barrier_wait(shared.adding, (j - 1) & 1);  // the other group has left the planes
+    // All before this group's next unit: its own rows, and rows of the unit in between that it never waited
+    // for. By now both groups have handed back what was in the slots of the latter before.
+    release(row);
+
+    element* to = picture.out + ((i64)image * g.out_height * g.out_width * OUT_CHANNELS) +
+                  ((i64)y * g.out_width + x0) * picture.pixel;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      if (half) named_barrier(barrier, 64);
+      const int begin_column = half * HALF, columns = half ? MMA_N - SHIFT - HALF : HALF;
+#pragma unroll
+      for (int i = 0; i < (half ? (MMA_N - HALF) / 8 : HALF / 8 + 1); i++) {
+        const float* values = d + 4 * (i + begin_column / 8);
+        if (plane < PLANES) store_pair(keep + i * 32, values[0], values[1]);
+        if (plane + 8 < PLANES) store_pair(keep + (8 * PITCH + i * 8) * 4, values[2], values[3]);
+      }
+      named_barrier(barrier, 64);
+#pragma unroll
+      for (int c = 0; c < columns; c += 64) {
+        const int column = c + (thread & 63);
+        if (column >= columns) continue;
+#pragma unroll
+        for (int e = 0; e < PIXELS; e++) {
+          float sum[OUT_CHANNELS];
+#pragma unroll
+          for (int o = 0; o < OUT_CHANNELS; o++) sum[o] = added[o];
+#pragma unroll
+          for (int shift = 0; shift <= SHIFT; shift++)
+#pragma unroll
+            for (int o = 0; o < OUT_CHANNELS; o++) {
+              const int tap = PIXELS * shift + PIXELS - 1 - e;
+              sum[o] += load_float(add + ((tap * OUT_CHANNELS + o) * PITCH + c + shift) * 4);
+            }
+          const int x = (begin_column + column) * PIXELS + e;
+          if (y < g.out_height && x0 + x < g.out_width) {
+#pragma unroll
+            for (int o = 0; o < OUT_CHANNELS; o++)
+              to[o * picture.plane + x * picture.pixel] = from_float<DTYPE>(clamp_below(sum[o], lower));
+          }
+        }
+      }
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared.adding);
+  }
+}
+
+// Up to one block a multiprocessor, 384 threads; every block has a unit. At least 3 output rows: else the
+// rows that a group passes over could be more than the ring has. `lower` is of the output's activation.
+extern "C" __global__ void __launch_bounds__(384, 1) last_conv(
+    const element* __restrict__ x, const uint4* __restrict__ weights, const float* mean,
+    const float* variance, const parameter* norm_weight, const parameter* norm_bias, float eps,
+    i64 image_stride, const element* bias, element* out, float lower, int channels_last, int images,
+    int height, int width, int out_height, int out_width, int top, int left, int pad) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const Shared shared(shared_address(memory));
+  const Geometry g = {images, height, width, out_height, out_width, top, left, pad};
+  const int group = threadIdx.x >> 7, thread = threadIdx.x & 127;
+  if (threadIdx.x == 0) shared.init();
+  __syncthreads();
+  launch_dependents();
+  const i64 units = (i64)images * g.strips() * g.row_pairs();
+  const int begin = (int)(units * blockIdx.x / gridDim.x), end = (int)(units * (blockIdx.x + 1) / gridDim.x);
+  if (group == 2) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(504 - 2 * MULTIPLYING_REGISTERS));
+    if (thread >= NORMALIZING) {
+      if (!HELD && thread == NORMALIZING) {
+        barrier_expect(shared.weights_full, WEIGHT_BYTES);
+        bulk_copy(shared.weights, weights, WEIGHT_BYTES, shared.weights_full);
+      }
+      wait_for_previous();
+      fetch(shared, g, x, begin, end, thread & 31);
+    } else {
+      wait_for_previous();
+      const Norm norm = {mean, variance, norm_weight, norm_bias, eps, image_stride};
+      normalize(shared, g, norm, begin, end, thread);
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLYING_REGISTERS));
+    Picture picture = {out, (i64)out_height * out_width, 1};
+    if (channels_last) picture = {out, 1, OUT_CHANNELS};
+    multiply_and_add(shared, g, weights, bias, lower, picture, begin, end, group, thread);
+  }
+}

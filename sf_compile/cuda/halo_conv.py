@@ -1,0 +1,292 @@
+"""Host side of csrc/halo_conv.cu: convolutions of channels_last pictures on Hopper's tensor cores."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sf_compile.cuda import hopper
+from sf_compile.cuda.launcher import Kernel, load
+from sf_compile.cuda.layout import PADS, is_channels_last, multiprocessors, pointer
+from sf_compile.cuda.packing import packed
+from sf_compile.cuda.tensor_maps import channels_last_map
+from sf_compile.ops.conv2d import Arguments, absent
+from sf_compile.ops.library import empty_image
+
+SOURCE = "halo_conv.cu"
+_THREADS = 384
+_TILE_H, _TILE_W = 8, 32
+_ROUND = 4  # columns of a tile that are stored at a time
+_SIGNATURE = "P" + hopper.NORM_SIGNATURE + "PPP" + hopper.SUMS_SIGNATURE + "iiiiiiiiiqq"
+_MOST_SLOTS = 4
+_STAGES_BYTES = 4 * 4096
+_RECIPROCAL = 1 << 42
+_MOST_TILES = 1 << 21  # of a launch: what the kernel divides by a reciprocal
+
+
+class Memory(NamedTuple):
+    """How a block's shared memory is used: SLOTS and STREAMED of the source, and bytes in all."""
+
+    slots: int
+    streamed: bool
+    bytes: int
+
+
+class Variant(NamedTuple):
+    """The compile-time constants of one kernel, but for those that follow from the others."""
+
+    dtype: int
+    parameter: int
+    channels: int
+    out_channels: int
+    kernel_h: int
+    kernel_w: int
+    stride: int
+    subpixel: bool
+    pad: int
+    relu: bool
+    residual: bool
+    keep: bool
+    transform: bool
+    statistics: bool
+    bias: bool
+    output_relu: bool
+
+    @property
+    def slot_channels(self) -> int:
+        """Channels that the ring's slots hold: 16 where slots of 32 would be too empty, or too few."""
+        return 16 if self.channels <= 16 or (self.stride == 2 and self.channels > 32) else 32
+
+    @property
+    def depth(self) -> int:
+        """Slots that a tile's input takes."""
+        return -(-self.channels // self.slot_channels)
+
+    @property
+    def taps(self) -> tuple[int, int]:
+        """Rows and columns of the convolution as it is computed."""
+        return (2, 2) if self.subpixel else (self.kernel_h, self.kernel_w)
+
+    @property
+    def phase_rows(self) -> int:
+        """Rows of the product for one parity of the output: the output channels, padded."""
+        if self.subpixel and self.out_channels <= 32:
+            return 16 if self.out_channels <= 16 else 32
+        return -(-self.out_channels // 64) * 64
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of 64 rows of the product."""
+        return (4 if self.subpixel else 1) * self.phase_rows // 64
+
+    @property
+    def plane(self) -> tuple[int, int]:
+        """Rows and columns of a slot's plane."""
+        rows, columns = self.taps
+        return _TILE_H + (rows - 1) // self.stride, _TILE_W + (columns - 1) // self.stride
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights of one slot's channels for one row block."""
+        return self.taps[0] * self.taps[1] * 64 * self.slot_channels * 2
+
+    @functools.cache  # noqa: B019 - variants are few and live as long as the process anyway
+    def memory(self) -> Memory | None:
+        """How a block's shared memory is used; None where it does not suffice."""
+        rows, columns = self.plane
+        picture = self.stride**2 * -(-rows * columns * self.slot_channels * 2 // 512) * 512
+        picture *= 2 if self.residual else 1
+        fixed = _STAGES_BYTES + self.depth * self.slot_channels * 8 + 8 * (3 * _MOST_SLOTS + self.depth + 1)
+        room = hopper.SHARED_BYTES - fixed
+        for streamed in (False, True):
+            weights = self.weight_bytes * (1 if streamed else self.depth)
+            held, slot = (0, picture + weights) if streamed else (weights, picture)
+            slots = min((room - held) // slot, _MOST_SLOTS)
+            if slots >= 2:
+                return Memory(slots, streamed, held + slots * slot + fixed)
+        return None
+
+    def constants(self) -> dict[str, int]:
+        """By the names that the kernel source uses."""
+        memory = self.memory()
+        assert memory is not None
+        return {
+            **{name.upper(): int(value) for name, value in self._asdict().items()},
+            "SLOT_CHANNELS": self.slot_channels, "SLOTS": memory.slots, "STREAMED": int(memory.streamed),
+        }  # fmt: skip
+
+
+def variants() -> Iterator[tuple[str, dict[str, int]]]:
+    """(source, constants) of the layers of the networks that this package knows, and of the general path."""
+    kinds: list[tuple[int, int, int, int, bool, int, bool, bool, bool, bool, bool, bool, bool]] = [
+        # channels, out, kernel, stride, subpixel, pad, relu, residual, keep, transform, statistics, ...
+        (32, 64, 3, 2, False, 2, True, False, False, True, True, False, False),
+        (64, 128, 3, 2, False, 2, True, False, False, True, True, False, False),
+        (128, 128, 3, 1, False, 2, True, False, False, True, True, False, False),
+        (128, 128, 3, 1, False, 2, True, False, True, True, True, False, False),
+        (128, 128, 3, 1, False, 2, False, False, False, False, True, False, False),
+        (128, 64, 3, 1, True, 3, False, True, False, True, True, False, False),
+        (64, 32, 3, 1, True, 3, True, False, False, True, True, False, False),
+        (16, 32, 3, 2, False, 2, True, False, False, True, True, False, False),
+        (64, 64, 3, 1, False, 2, True, False, False, True, True, False, False),
+        (64, 64, 3, 1, False, 2, False, True, True, True, True, False, False),
+        (32, 32, 3, 1, False, 2, False, True, True, True, True, False, False),
+        (32, 16, 3, 1, True, 3, True, False, False, True, True, False, False),
+        (16, 8, 3, 1, True, 1, True, False, False, True, True, False, False),
+        (8, 16, 3, 2, False, 1, True, False, False, True, True, False, False),
+        (256, 256, 3, 1, False, 2, True, False, False, True, True, False, False),
+        (256, 256, 3, 1, False, 2, False, False, False, False, True, False, False),
+        (512, 256, 3, 1, False, 2, False, False, False, False, False, True, True),
+        (64, 256, 1, 1, False, 0, True, False, False, True, True, False, False),
+        (24, 40, 5, 1, False, 1, False, False, False, False, True, True, False),
+    ]
+    for channels, out, kernel, *rest in kinds:
+        for dtype in hopper.SIXTEEN_BIT.values():
+            variant = Variant(dtype, dtype, channels, out, kernel, kernel, *rest)  # type: ignore[arg-type]
+            yield SOURCE, variant.constants()
+
+
+def _variant(a: Arguments) -> Variant:
+    subpixel = a.upsample == 2
+    pad = PADS[a.padding_mode] if any(a.padding) else 0
+    if subpixel and pad == PADS["reflect"]:
+        pad = PADS["replicate"]  # what reflecting the enlarged picture by one pixel comes to
+    return Variant(
+        hopper.SIXTEEN_BIT[a.input.dtype], hopper.parameter(a) or 0, a.input.shape[1], a.weight.shape[0],
+        a.weight.shape[2], a.weight.shape[3], a.stride[0], subpixel, pad, a.activation == "relu",
+        a.residual is not None, a.keep_input, a.normalizes, a.statistics, a.bias is not None,
+        a.output_activation == "relu",
+    )  # fmt: skip
+
+
+def _usable_picture(x: Tensor) -> bool:
+    return is_channels_last(x) and x.data_ptr() % 16 == 0
+
+
+def refusal(a: Arguments) -> str | None:
+    """Why this kernel does not run ``a``; None where it does."""
+    reason = hopper.refusal(a)
+    if reason is not None:
+        return reason
+    n, c, h, w = a.input.shape
+    o, _, kh, kw = a.weight.shape
+    left, right, top, bottom = a.padding
+    if c % 8 or o % 8 or o == 0:
+        return f"{c} -> {o} channels: whole 16-byte accesses need multiples of 8"
+    if not a.channels_last or not _usable_picture(a.input):
+        return "the picture is not channels_last"
+    if a.residual is not None and not _usable_picture(a.residual):
+        return "the residual is not channels_last"
+    if a.upsample == 2:
+        if (kh, kw) != (3, 3) or tuple(a.stride) != (1, 1) or tuple(a.padding) != (1, 1, 1, 1):
+            return "an upsampling other than by 2, followed by a 3x3 convolution padded by 1"
+    elif a.upsample != 1:
+        return f"upsampling by {a.upsample}"
+    elif tuple(a.stride) not in ((1, 1), (2, 2)) or min(kh, kw) < a.stride[0]:
+        return f"stride {tuple(a.stride)} of a {kh}x{kw} kernel"
+    elif max(kh, kw) > 7:
+        return f"a {kh}x{kw} kernel"
+    elif a.stride[0] == 2 and (a.residual is not None or a.keep_input):
+        return "a residual or a kept input before a stride of 2"
+    # A mirrored pixel has to lie in the tile that needs it.
+    if a.upsample == 1:
+        reflects = a.padding_mode == "reflect"
+        far = 2 if reflects else 1
+        if top >= kh or left >= kw or far * bottom > kh - 1 or far * right > kw - 1:
+            return f"a padding of {tuple(a.padding)} is wide for a {kh}x{kw} kernel"
+    variant = _variant(a)
+    memory = variant.memory()
+    if memory is None:
+        return f"a {kh}x{kw} kernel over {c} channels does not fit into shared memory"
+    if variant.residual and (memory.streamed or memory.slots < 3):
+        return "too little shared memory is left for the residual"
+    if variant.row_blocks > multiprocessors(a.input.device.index):
+        return f"{o} output channels are more than the GPU has multiprocessors for"
+    tiles = n * (h // (_TILE_H * a.stride[0]) + 2) * (w // (_TILE_W * a.stride[1]) + 2)
+    if tiles > _MOST_TILES or h * w * c >= 2**31:
+        return "the picture is larger than the kernel counts"
+    return None
+
+
+@functools.cache
+def _kernel(index: int, variant: Variant, mode: str) -> Kernel:
+    signature = ("TTTF" if variant.subpixel else "TTTT") + _SIGNATURE
+    return load(SOURCE, "halo_conv", variant.constants(), index, signature, mode)
+
+
+def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``styleforge::conv2d``; the caller has asked ``refusal``."""
+    x, index = a.input, a.input.device.index
+    n, c, h, w = x.shape
+    o, _, kh, kw = a.weight.shape
+    left, right, top, bottom = a.padding
+    variant = _variant(a)
+    memory = variant.memory()
+    assert memory is not None
+    if variant.subpixel:
+        out_h, out_w = 2 * h, 2 * w
+        windows_y, windows_x = h + int(variant.phase_rows < 32), w + int(variant.phase_rows < 64)
+    else:
+        out_h = windows_y = (h + top + bottom - kh) // variant.stride + 1
+        out_w = windows_x = (w + left + right - kw) // variant.stride + 1
+    tiles_x = -(-windows_x // _TILE_W)
+    tiles_per_image = tiles_x * -(-windows_y // _TILE_H)
+    blocks = min(multiprocessors(index) // variant.row_blocks, n * tiles_per_image) * variant.row_blocks
+    out = empty_image((n, o, out_h, out_w), x, True)
+    kept = empty_image(x.shape, x, True) if a.keep_input else absent(x, x.dtype)
+    mean, variance = hopper.statistics_outputs(a)
+    form = f"halo_conv subpixel={variant.subpixel} slot={variant.slot_channels}"
+    weights = packed(a.weight, form, functools.partial(_pack, variant))
+    box = (variant.slot_channels, *variant.plane)
+    maps = [
+        channels_last_map(picture.data_ptr(), x.dtype, (n, c, h, w), box, variant.stride)
+        for picture in (x, x if a.residual is None else a.residual, kept if a.keep_input else x)
+    ]
+    box = (min(variant.phase_rows, 64), _TILE_H, _ROUND)
+    if variant.subpixel:
+        parities = [out.data_ptr() + 2 * o * (p * out_w + q) for p in (0, 1) for q in (0, 1)]
+        maps.append(b"".join(channels_last_map(at, x.dtype, (n, o, h, w), box, spread=2) for at in parities))
+    else:
+        maps.append(channels_last_map(out.data_ptr(), x.dtype, (n, o, out_h, out_w), box))
+    _kernel(index, variant, weights.launch_mode).launch(
+        (blocks, 1, 1), _THREADS, memory.bytes,
+        (
+            *maps, weights.weight.data_ptr(), *hopper.norm_arguments(a),
+            kept.data_ptr() if a.keep_input else 0, out.data_ptr(), pointer(a.bias),
+            *hopper.sums_arguments(a, mean, variance), n, h, w, out_h, out_w, top, left, tiles_x,
+            tiles_per_image, -(-_RECIPROCAL // tiles_x), -(-_RECIPROCAL // tiles_per_image),
+        ),
+    )  # fmt: skip
+    return out, mean, variance, kept
+
+
+def _pack(variant: Variant, weight: Tensor) -> Tensor:
+    """Weights (O, C, kh, kw) as (row block, slot, tap, chunk of 8 channels, 64 rows, 8 channels)."""
+    o, c, _, _ = weight.shape
+    taps = subpixel_weights(weight) if variant.subpixel else weight[None]
+    depth = variant.depth * variant.slot_channels
+    rows = taps.new_zeros((len(taps), variant.phase_rows, depth, *taps.shape[3:]))
+    rows[:, :o, :c] = taps
+    blocks = rows.reshape(variant.row_blocks, 64, variant.depth, variant.slot_channels // 8, 8, -1)
+    return blocks.permute(0, 2, 5, 3, 1, 4).contiguous()
+
+
+def subpixel_weights(weight: Tensor) -> Tensor:
+    """(O, C, 3, 3) after a nearest upsampling by 2, as (4, O, C, 2, 2) on the small picture.
+
+    The first index is 2 p + q for output rows of parity p and columns of parity q. Along one axis an even
+    output sees source pixels (i - 1, i) with weights (w0, w1 + w2), an odd one (i, i + 1) with (w0 + w1, w2).
+    The sums are rounded once.
+    """
+    rows = _summed(weight.double(), 2)
+    return torch.stack([part for row in rows for part in _summed(row, 3)]).to(weight.dtype)
+
+
+def _summed(weight: Tensor, dim: int) -> list[Tensor]:
+    """Three weights along ``dim`` as the two that an even output sees, and the two that an odd one does."""
+    first, second, third = weight.split(1, dim)
+    return [torch.cat((first, second + third), dim), torch.cat((first + second, third), dim)]

@@ -1,0 +1,86 @@
+"""What the fused convolutions of compute capability 9.0 have in common on the host side.
+
+Their kernels convolve on the tensor cores with 16-bit operands and fp32 accumulation, apply the producer's
+norm on the way in and take the statistics of their own output on the way out.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from sf_compile.cuda.compiler import usable_or_warn
+from sf_compile.cuda.layout import parameter_dtype, pointer
+from sf_compile.cuda.workspace import zeroed
+from sf_compile.ops.checks import statistics_dtype
+from sf_compile.ops.conv2d import Arguments, absent
+
+SHARED_BYTES = 232_448
+"""Shared memory that a block may have on compute capability 9.0 (CUDA C++ Programming Guide, 227 KB)."""
+
+SIXTEEN_BIT = {torch.float16: 1, torch.bfloat16: 2}
+"""The dtypes that the kernels compute in, with the value of their DTYPE constant."""
+
+NORM_SIGNATURE = "PPPPfq"
+SUMS_SIGNATURE = "PPP"
+_HEADER_BYTES = 16
+_TOTAL_BYTES = 8 * (4 * 8 + 1)  # of an (image, channel): four totals in eight copies, and a count
+
+
+@functools.cache
+def _is_hopper(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) == (9, 0)
+
+
+def refusal(a: Arguments) -> str | None:
+    """Why no kernel of this family runs ``a``; None where one may."""
+    if not a.input.is_cuda or not _is_hopper(a.input.device.index):
+        return "the fused convolutions need compute capability 9.0"
+    if a.input.dtype not in SIXTEEN_BIT:
+        return f"the fused convolutions compute in float16 and bfloat16, not in {a.input.dtype}"
+    if a.input.numel() == 0:
+        return "the picture is empty"
+    if parameter(a) is None:
+        return "the norm's weight and bias have a dtype of their own"
+    vectors = (a.mean, a.variance, a.norm_weight, a.norm_bias, a.bias)
+    if not all(vector is None or vector.is_contiguous() for vector in vectors):
+        return "a vector of the norm is not contiguous"
+    if any(v is not None and v.dtype != torch.float32 for v in (a.mean, a.variance)):
+        return "the statistics are not float32"
+    if not usable_or_warn():
+        return "NVRTC is missing"
+    return None
+
+
+def parameter(a: Arguments) -> int | None:
+    """The PARAMETER constant for the norm's weight and bias; None where no kernel takes them."""
+    return parameter_dtype(a.input.dtype, a.norm_weight, a.norm_bias)
+
+
+def norm_arguments(a: Arguments) -> tuple[int | float, ...]:
+    """What ``Norm`` in csrc/norm.cuh is made of, for ``NORM_SIGNATURE``."""
+    channels = a.input.shape[1] if a.mean is not None and a.mean.dim() == 2 else 0
+    return (
+        pointer(a.mean), pointer(a.variance), pointer(a.norm_weight), pointer(a.norm_bias), a.eps, channels,
+    )  # fmt: skip
+
+
+def statistics_outputs(a: Arguments) -> tuple[Tensor, Tensor]:
+    """Room for the output's mean and variance, (N, O) float32; empty where they are not asked for."""
+    if not a.statistics:
+        dtype = statistics_dtype(a.input.dtype)
+        return absent(a.input, dtype), absent(a.input, dtype)
+    shape = (a.input.shape[0], a.weight.shape[0])
+    mean = torch.empty(shape, dtype=torch.float32, device=a.input.device)
+    return mean, torch.empty_like(mean)
+
+
+def sums_arguments(a: Arguments, mean: Tensor, variance: Tensor) -> tuple[int, int, int]:
+    """Workspace, mean and variance for csrc/channel_sums.cuh, for ``SUMS_SIGNATURE``; zeros for none."""
+    if not a.statistics:
+        return 0, 0, 0
+    size = _HEADER_BYTES + _TOTAL_BYTES * a.input.shape[0] * a.weight.shape[0]
+    return zeroed(a.input.device, "channel sums", size), mean.data_ptr(), variance.data_ptr()
+

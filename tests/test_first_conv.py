@@ -1,0 +1,363 @@
+"""The first layer's kernel: its index logic on the CPU, and what it computes on compute capability 9.0."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import relative_error
+from torch import Tensor
+
+from sf_compile import ops
+from sf_compile.cuda import first_conv, hopper
+from sf_compile.cuda.launcher import loaded
+from sf_compile.ops.conv2d import Arguments
+
+SLOTS = 16  # as in csrc/first_conv.cu
+MODES = ("zeros", "reflect", "replicate")
+
+
+def arguments(
+    x: Tensor, weight: Tensor, padding: list[int], mode: str = "reflect", bias: Tensor | None = None,
+    activation: str = "none", statistics: bool = True,
+) -> Arguments:  # fmt: skip
+    return Arguments(
+        x, weight, bias, None, None, None, None, 1e-5, "none", None, 1, padding, mode, [1, 1], activation,
+        statistics, False, True,
+    )  # fmt: skip
+
+
+def convolution(a: Arguments, dtype: torch.dtype) -> Tensor:
+    """What the layer computes, out of PyTorch's own operators in ``dtype``."""
+    x, weight = a.input.to(dtype), a.weight.to(dtype)
+    x = F.pad(x, a.padding, mode="constant" if a.padding_mode == "zeros" else a.padding_mode)
+    out = F.conv2d(x, weight, None if a.bias is None else a.bias.to(dtype))
+    return out.relu() if a.output_activation == "relu" else out
+
+
+# ---- on the CPU: the kernel's index logic, in float64 ------------------------------------------------
+
+
+def sources(positions: Tensor, size: int, mode: str) -> Tensor:
+    """The pixels at ``positions`` of a padded dimension, as the kernel finds them; -1 for a zero."""
+    last = size - 1
+    if mode == "zeros":
+        return torch.where((positions >= 0) & (positions <= last), positions, -1)
+    if mode == "reflect":
+        return torch.minimum(positions.abs(), 2 * last - positions.abs())
+    return positions.clamp(0, last)
+
+
+def packed_row(x: Tensor, a: Arguments, row: int, column: int, pixels: int, padded_width: int) -> Tensor:
+    """[x][4 channels] of one row of the padded picture, as a warp packs it."""
+    values = torch.zeros(pixels, 4, dtype=x.dtype)
+    from_y = int(sources(torch.tensor(row - a.padding[2]), x.shape[1], a.padding_mode))
+    at = column + torch.arange(pixels)
+    from_x = sources(at - a.padding[0], x.shape[2], a.padding_mode)
+    there = (at < padded_width) & (from_x >= 0) & (from_y >= 0)
+    values[there, : x.shape[0]] = x[:, from_y, from_x[there]].T
+    return values
+
+
+def simulate(a: Arguments, mma_n: int, blocks: int) -> Tensor:
+    """The kernel's output, from packed weights and a ring of rows addressed as the kernel does."""
+    n, out_channels, kernel = a.input.shape[0], a.weight.shape[0], a.weight.shape[2]
+    height, width = first_conv.output_size(a)
+    strip, pixels, chunks = 2 * mma_n, 2 * mma_n + kernel - 1, (kernel + 1) // 2
+    strips, pitch = -(-width // strip), 4 * pixels  # in elements, as all that follows
+    row_steps, tail_steps = chunks // 2, (kernel // 2 + 1) * (chunks % 2)
+    out = torch.full((n, out_channels, height, width), float("nan"), dtype=a.input.dtype)
+    units = n * strips * height
+    for group, weights in enumerate(first_conv.pack(a.weight)):
+        assert weights.shape == (first_conv.steps(kernel), 2, 64, 8)
+        for block in range(blocks):
+            ring = torch.full((SLOTS * pitch,), float("nan"), dtype=a.input.dtype)
+            first, end = units * block // blocks, units * (block + 1) // blocks
+            y, column, row, packed = first % height, first // height, 0, 0
+            for _ in range(first, end):
+                image, x0 = column // strips, column % strips * strip
+                while packed < row + kernel:
+                    start = packed % SLOTS * pitch
+                    values = packed_row(
+                        a.input[image], a, y + packed - row, x0, pixels, width + kernel - 1
+                    )
+                    ring[start : start + pitch] = values.flatten()
+                    packed += 1
+                slot = [(row + r) % SLOTS * pitch for r in range(kernel)]
+                steps = [
+                    (r * row_steps + k, slot[r] + 16 * k, 8) for r in range(kernel) for k in range(row_steps)
+                ]
+                if tail_steps:
+                    odd = row % 2
+                    tail = kernel * row_steps + odd * tail_steps
+                    for k in range(kernel // 2):
+                        steps.append((tail + k, slot[odd + 2 * k] + 8 * (chunks - 1), pitch))
+                    alone = 0 if odd else kernel - 1
+                    steps.append((tail + kernel // 2, slot[alone] + 8 * (chunks - 2), 8))
+                product = torch.zeros(64, mma_n, dtype=a.input.dtype)
+                for step, address, leading in steps:
+                    for chunk in (0, 1):
+                        windows = ring.as_strided((mma_n, 8), (8, 1), address + chunk * leading)
+                        product += weights[step, chunk] @ windows.T
+                pairs = product.view(2, 32, mma_n).permute(1, 2, 0).reshape(32, strip)
+                channels, columns = min(32, out_channels - 32 * group), min(strip, width - x0)
+                out[image, 32 * group :][:channels, y, x0 : x0 + columns] = pairs[:channels, :columns]
+                last = y == height - 1
+                row, column, y = row + (kernel if last else 1), column + last, 0 if last else y + 1
+    return out
+
+
+@pytest.mark.parametrize("kernel", first_conv.KERNELS)
+@pytest.mark.parametrize(
+    ("shape", "out_channels", "padding", "blocks"),
+    [
+        pytest.param((1, 3, 11, 41), 32, None, 1, id="one block, whole and ragged strips"),
+        pytest.param((2, 3, 10, 33), 24, None, 5, id="blocks that begin inside a strip"),
+        pytest.param((3, 1, 9, 9), 8, [0, 0, 0, 0], 2, id="no padding, one channel, images in a block"),
+        pytest.param((1, 4, 13, 17), 40, [4, 1, 0, 3], 3, id="every side its own padding, two groups"),
+    ],
+)
+def test_packed_weights_meet_their_pixels(kernel, shape, out_channels, padding, blocks):
+    # Whole numbers, so that float64 is exact in any order.
+    x = torch.randint(-9, 10, shape).double()
+    weight = torch.randint(-9, 10, (out_channels, shape[1], kernel, kernel)).double()
+    for mode in MODES:
+        a = arguments(x, weight, padding or [kernel // 2] * 4, mode)
+        assert torch.equal(simulate(a, 8, blocks), convolution(a, torch.float64))
+
+
+def test_strips_are_stored_in_whole_boxes():
+    for mma_n, box in first_conv.BOXES.items():
+        assert 2 * mma_n % box == 0 and box % 16 == 0 and box <= 256
+    for width in (1, 53, 300, 512, 1280, 1919, 1920, 3840):
+        assert first_conv.columns(width) in first_conv.BOXES
+    assert first_conv.columns(512) == 256 and first_conv.columns(1920) == first_conv.columns(3840) == 240
+
+
+def test_every_variant_fits_into_shared_memory():
+    made = list(first_conv.variants())
+    assert 10 < len(made) < 20 and len({tuple(constants.items()) for _, constants in made}) == len(made)
+    for kernel in first_conv.KERNELS:
+        for mma_n in first_conv.BOXES:
+            variant = first_conv.Variant(1, 3, kernel, mma_n, 2, True, False, False)
+            assert variant.shared_bytes() + 1024 <= hopper.SHARED_BYTES  # 1024: static, rounded up
+
+
+def test_refusals_name_the_reason(monkeypatch):
+    monkeypatch.setattr(hopper, "refusal", lambda a: None)
+    x, weight = torch.zeros(1, 3, 16, 16).half(), torch.zeros(32, 3, 9, 9).half()
+    a = arguments(x, weight, [4, 4, 4, 4])
+    assert first_conv.refusal(a) is None
+
+    def kernel(out_channels, channels, height, width):
+        shape = (out_channels, channels, height, width)
+        return {"weight": torch.zeros(shape).half(), "input": torch.zeros(1, channels, 16, 16).half()}
+
+    for change, reason in (
+        (kernel(32, 5, 9, 9), "1 to 4 channels"),
+        (kernel(30, 3, 9, 9), "multiple of 8"),
+        (kernel(136, 3, 9, 9), "up to 128"),
+        (kernel(32, 3, 4, 4), "square kernels"),
+        (kernel(32, 3, 3, 9), "square kernels"),
+        (kernel(32, 3, 11, 11), "square kernels"),
+        ({"stride": [2, 2]}, "stride 1"),
+        ({"upsample": 2}, "only pads"),
+        ({"activation": "relu"}, "only pads"),
+        ({"channels_last": False}, "channels_last"),
+    ):
+        assert reason in first_conv.refusal(a._replace(**change))
+    monkeypatch.undo()
+    assert "9.0" in first_conv.refusal(a)
+
+
+# ---- on the GPU --------------------------------------------------------------------------------------
+
+CASES = [
+    # shape, out channels, kernel, padding (l, r, t, b), mode
+    pytest.param((1, 3, 5, 5), 32, 9, [4, 4, 4, 4], "reflect", id="smallest picture"),
+    pytest.param((2, 3, 37, 53), 32, 9, [4, 4, 4, 4], "reflect", id="odd sizes"),
+    pytest.param((3, 3, 64, 300), 32, 9, [4, 4, 4, 4], "reflect", id="three images"),
+    pytest.param((1, 3, 1080, 1919), 32, 9, [4, 4, 4, 4], "reflect", id="1080p less a column"),
+    pytest.param((1, 3, 530, 513), 32, 9, [4, 4, 4, 4], "reflect", id="one pixel beyond a strip"),
+    pytest.param((1, 3, 200, 512), 16, 9, [4, 4, 4, 4], "zeros", id="half a group"),
+    pytest.param((2, 1, 40, 70), 32, 9, [4, 4, 4, 4], "replicate", id="grey"),
+    pytest.param((2, 4, 33, 520), 32, 5, [0, 3, 2, 1], "replicate", id="four channels, 5x5"),
+    pytest.param((1, 3, 31, 300), 64, 7, [3, 3, 3, 3], "reflect", id="two groups, 7x7"),
+    pytest.param((3, 3, 20, 24), 40, 3, [1, 1, 1, 1], "zeros", id="ragged group, 3x3"),
+    pytest.param((1, 2, 50, 1000), 128, 3, [1, 1, 1, 1], "reflect", id="four groups"),
+    pytest.param((2, 3, 9, 9), 8, 9, [0, 0, 0, 0], "zeros", id="one output pixel"),
+    pytest.param((7, 3, 9, 1100), 32, 9, [4, 4, 0, 0], "zeros", id="one output row"),
+    pytest.param((64, 3, 9, 3000), 24, 9, [0, 0, 0, 0], "reflect", id="64 images of one output row"),
+    pytest.param((64, 3, 10, 2000), 32, 9, [0, 0, 0, 0], "zeros", id="64 images of two output rows"),
+    pytest.param((1, 3, 6, 3000), 32, 5, [9, 20, 8, 7], "zeros", id="padding wider than the kernel"),
+]
+
+
+@pytest.fixture
+def hopper_gpu():
+    capability = torch.cuda.get_device_capability()
+    if capability != (9, 0):
+        pytest.skip(f"first_conv.cu is for compute capability 9.0; this GPU has {capability}")
+
+
+def made(shape, out_channels, kernel, padding, mode, dtype=torch.float16, **kwargs) -> Arguments:
+    """Arguments on the GPU, the picture in the midst of NaN."""
+    margin = 4096
+    x = torch.full((margin + torch.Size(shape).numel() + margin,), float("nan"), dtype=dtype, device="cuda")
+    x = x[margin:-margin].view(shape).copy_(torch.rand(shape, dtype=torch.float64) * 4 - 1)
+    weight = torch.randn(out_channels, shape[1], kernel, kernel) / kernel / shape[1] ** 0.5
+    return arguments(x, weight.to(dtype).cuda(), padding, mode, **kwargs)
+
+
+def run(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    assert first_conv.refusal(a) is None
+    out, mean, variance, kept = ops.conv2d(*a)
+    assert any(kernel.key.source == first_conv.SOURCE for kernel in loaded())
+    assert kept.numel() == 0 and out.is_contiguous(memory_format=torch.channels_last)
+    return out, mean, variance
+
+
+def check_output(a: Arguments, out: Tensor) -> None:
+    exact = convolution(a, torch.float64)
+    allowed = 1.25 * relative_error(convolution(a, out.dtype), exact) + torch.finfo(out.dtype).eps
+    assert out.shape == exact.shape and relative_error(out, exact) <= allowed
+
+
+def check_statistics(out: Tensor, mean: Tensor, variance: Tensor) -> None:
+    """The statistics are those of what was written, to a few units of float32."""
+    exact_variance, exact_mean = torch.var_mean(out.double(), (2, 3), correction=0)
+    deviation, size = exact_variance.sqrt(), exact_mean.abs()
+    assert ((mean - exact_mean).abs() <= 1e-6 * deviation + 1e-6 * size + 1e-8).all()
+    assert ((variance - exact_variance).abs() <= 1e-5 * exact_variance + 1e-8 * (1 + size)).all()
+    assert (variance >= 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper_gpu")
+class TestKernel:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize(("shape", "out_channels", "kernel", "padding", "mode"), CASES)
+    def test_against_float64(self, shape, out_channels, kernel, padding, mode, dtype):
+        a = made(shape, out_channels, kernel, padding, mode, dtype)
+        out, mean, variance = run(a)
+        check_output(a, out)
+        check_statistics(out, mean, variance)
+
+    @pytest.mark.parametrize("mma_n", first_conv.BOXES)
+    @pytest.mark.parametrize("kernel", first_conv.KERNELS)
+    def test_every_strip_width(self, mma_n, kernel, monkeypatch):
+        monkeypatch.setattr(first_conv, "columns", lambda width: mma_n)
+        a = made((2, 3, 19, 1201), 32, kernel, [kernel // 2] * 4, "reflect")
+        out, mean, variance = run(a)
+        check_output(a, out)
+        check_statistics(out, mean, variance)
+
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("activation", ["none", "relu"])
+    @pytest.mark.parametrize("statistics", [False, True])
+    def test_bias_activation_and_statistics(self, bias, activation, statistics):
+        a = made((2, 3, 30, 70), 40, 9, [4] * 4, "reflect", activation=activation, statistics=statistics)
+        if bias:
+            a = a._replace(bias=torch.randn(40, dtype=torch.float16, device="cuda"))
+        out, mean, variance = run(a)
+        check_output(a, out)
+        if statistics:
+            check_statistics(out, mean, variance)
+        else:
+            assert mean.numel() == variance.numel() == 0
+
+    @pytest.mark.parametrize("layout", ["channels_last", "rows and columns skipped", "one image expanded"])
+    def test_reads_any_strides(self, layout):
+        a = made((2, 3, 37, 53), 32, 9, [4, 4, 4, 4], "reflect")
+        x = a.input
+        if layout == "channels_last":
+            x = x.contiguous(memory_format=torch.channels_last)
+        elif layout == "one image expanded":
+            x = x[:1].expand(3, 3, 37, 53)
+        else:
+            larger = torch.full((2, 3, 74, 159), float("nan"), dtype=x.dtype, device="cuda")
+            x = larger[:, :, 1::2, 1::3].copy_(x)
+        a = a._replace(input=x)
+        out, mean, variance = run(a)
+        check_output(a, out)
+        check_statistics(out, mean, variance)
+
+    @pytest.mark.parametrize(("shape", "out_channels", "kernel", "padding", "mode"), CASES)
+    def test_writes_nothing_beside_its_output(self, shape, out_channels, kernel, padding, mode, monkeypatch):
+        margin, buffers = 65536, []
+
+        def poisoned(shape, like, channels_last):
+            n, c, h, w = shape
+            elements = margin + n * c * h * w + margin
+            buffers.append(torch.full((elements,), float("nan"), dtype=like.dtype, device="cuda"))
+            return buffers[-1][margin:-margin].view(n, h, w, c).permute(0, 3, 1, 2)
+
+        monkeypatch.setattr(first_conv, "empty_image", poisoned)
+        out = first_conv.conv2d(made(shape, out_channels, kernel, padding, mode))[0]
+        assert out.isfinite().all()
+        assert buffers[0][:margin].isnan().all() and buffers[0][-margin:].isnan().all()
+
+    def test_constant_picture_has_no_variance(self):
+        a = made((2, 3, 100, 300), 32, 9, [4] * 4, "reflect")
+        a.input.fill_(0.7)
+        out, mean, variance = run(a)
+        check_output(a, out)
+        assert (variance >= 0).all() and (variance <= 1e-8 * (1 + mean.square())).all()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_mean_of_100_deviations(self, dtype):
+        a = made((2, 3, 300, 500), 32, 3, [1] * 4, "reflect", dtype)
+        weight = torch.rand(32, 3, 3, 3).to(dtype).cuda()
+        # The noise of 27 pixels grows by about sqrt(27), their mean by 27.
+        x = (1 + torch.randn(a.input.shape) * 27**0.5 / 100).to(dtype).cuda()
+        a = a._replace(input=x, weight=weight)
+        out, mean, variance = run(a)
+        check_statistics(out, mean, variance)
+        assert (mean.abs() > 30 * variance.sqrt()).all()
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("pixel", [(0, 0), (20, 31), (36, 52)])
+    def test_nan_and_infinity_show_up(self, value, pixel):
+        a = made((3, 3, 37, 53), 32, 9, [4] * 4, "reflect")
+        a.input[1, 2][pixel] = value
+        out, mean, variance = run(a)
+        bad = ~convolution(a, torch.float32).isfinite()
+        assert bad.any() and not out[bad].isfinite().any()
+        assert not mean[1].isfinite().any() and not variance[1].isfinite().any()
+        check_statistics(out[::2], mean[::2], variance[::2])
+
+    def test_nan_passes_the_relu(self):
+        a = made((1, 3, 37, 53), 32, 9, [4] * 4, "reflect", activation="relu")
+        a.input[0, 1, 7, 9] = float("nan")
+        assert run(a)[0][convolution(a, torch.float32).isnan()].isnan().all()
+
+    def test_overflow_is_infinite(self):
+        a = made((1, 3, 37, 53), 32, 9, [4] * 4, "zeros")
+        a = a._replace(input=torch.full_like(a.input, 1000.0), weight=torch.ones_like(a.weight))
+        out, mean, variance = run(a)
+        assert out.isposinf().all() and not mean.isfinite().any() and not variance.isfinite().any()
+
+    @pytest.mark.parametrize("shape", [(3, 3, 64, 300), (1, 3, 530, 1919)])
+    def test_same_bits_on_every_run(self, shape):
+        a = made(shape, 32, 9, [4] * 4, "reflect")
+        first = run(a)
+        for _ in range(4):
+            assert all(torch.equal(one, other) for one, other in zip(first, run(a), strict=True))
+
+    def test_a_changed_weight_is_packed_anew(self):
+        a = made((1, 3, 37, 53), 32, 9, [4] * 4, "reflect")
+        run(a)
+        a.weight.neg_()
+        check_output(a, run(a)[0])
+
+    def test_replays_in_a_graph(self):
+        a = made((2, 3, 37, 300), 32, 9, [4] * 4, "reflect")
+        expected = run(a)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = [run(a) for _ in range(3)]
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize()
+        for result in results:
+            assert all(torch.equal(one, other) for one, other in zip(expected, result, strict=True))

@@ -1,0 +1,174 @@
+"""What csrc/halo_conv.cu computes on compute capability 9.0, against float64 and eager PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from halo_layers import (
+    BARE,
+    BFLOAT16,
+    CASES,
+    DOUBLING,
+    GENERAL,
+    HALVING,
+    IDS,
+    KEEP,
+    LARGE_SKIP,
+    PLAIN,
+    SKIP,
+    SMALL_DOUBLING,
+    check,
+    compile_all,
+    equal,
+    fused,
+    made,
+    run,
+    steps,
+)
+
+from sf_compile.cuda import convolution, halo_conv
+from sf_compile.cuda.launcher import loaded
+
+NAN, INFINITY = float("nan"), float("inf")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled")]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("halo_conv.cu is for compute capability 9.0")
+    layers = [(layer, torch.float16) for layer, _, _ in CASES]
+    compile_all(layers + [(layer, torch.bfloat16) for layer in BFLOAT16])
+
+
+@pytest.mark.parametrize(("layer", "size", "why"), CASES, ids=IDS)
+def test_against_float64(layer, size, why):
+    check(made(layer, size))
+
+
+@pytest.mark.parametrize("size", [(1, 37, 53), (2, 16, 64), (3, 9, 33)])
+@pytest.mark.parametrize("layer", BFLOAT16, ids=["plain", "skip", "halving", "doubling"])
+def test_bfloat16(layer, size):
+    check(made(layer, size, torch.bfloat16))
+
+
+def test_the_fused_kernel_is_what_runs():
+    for layer in (PLAIN, LARGE_SKIP, DOUBLING):
+        a = made(layer, (1, 16, 32))
+        run(a)
+        constants = tuple(sorted(halo_conv._variant(fused(a)).constants().items()))
+        assert any(
+            kernel.key.source == halo_conv.SOURCE and kernel.key.constants == constants for kernel in loaded()
+        )
+    a = made(LARGE_SKIP, (1, 16, 32))
+    assert "residual" in halo_conv.refusal(a) and halo_conv.refusal(made(SKIP, (1, 16, 32))) is None
+
+
+@pytest.mark.parametrize("layer", [KEEP, SKIP, HALVING, DOUBLING, SMALL_DOUBLING, GENERAL])
+@pytest.mark.parametrize("size", [(1, 5, 6), (2, 37, 53), (1, 16, 64), (1, 9, 33)])
+def test_writes_nothing_beside_its_outputs(layer, size, monkeypatch):
+    margin, buffers = 65536, []
+
+    def amid_nan(shape, like, channels_last):
+        n, c, h, w = shape
+        elements = margin + n * c * h * w + margin
+        buffers.append(torch.full((elements,), NAN, dtype=like.dtype, device="cuda"))
+        return buffers[-1][margin:-margin].view(n, h, w, c).permute(0, 3, 1, 2)
+
+    a = made(layer, size)
+    expected = run(a)
+    monkeypatch.setattr(halo_conv, "empty_image", amid_nan)
+    assert equal(halo_conv.conv2d(a), expected) and len(buffers) == 1 + layer.keep
+    for buffer in buffers:
+        assert buffer[:margin].isnan().all() and buffer[-margin:].isnan().all()
+        assert buffer[margin:-margin].isfinite().all()
+
+
+# ---- statistics that are hard to take, and numbers that are not finite ------------------------------------
+
+
+def test_mean_of_100_deviations():
+    a = made(BARE, (2, 64, 96))
+    x = (100 + 24 * torch.randn(a.input.shape, device="cuda")).half()  # 0 to 255, less its noise's tails
+    weight = (torch.ones_like(a.weight) / a.weight[0].numel()).contiguous()
+    a = a._replace(input=x.contiguous(memory_format=torch.channels_last), weight=weight)
+    _, mean, variance, _ = run(a)
+    exact_variance, exact_mean = torch.var_mean(steps(a, torch.float64)[0], (2, 3), correction=0)
+    assert (exact_mean > 50 * exact_variance.sqrt()).all()
+    assert ((mean - exact_mean).abs() <= 5e-3 * exact_variance.sqrt()).all()
+    assert ((variance / exact_variance - 1).abs() <= 5e-3).all()
+
+
+@pytest.mark.parametrize("layer", [PLAIN, DOUBLING, HALVING])
+def test_input_of_a_mean_of_100_deviations(layer):
+    a = made(layer, (2, 37, 53))
+    x = (128 + torch.randn(a.input.shape, device="cuda") * 1.28).half()
+    x = x.contiguous(memory_format=torch.channels_last)
+    variance, mean = torch.var_mean(x.double(), (2, 3), correction=0)
+    check(a._replace(input=x, mean=mean.float(), variance=variance.float()))
+
+
+def test_constant_picture_has_no_variance():
+    a = made(BARE, (2, 64, 96))
+    a.input.fill_(0.7)
+    out, mean, variance, _ = run(a)
+    assert (out == out[:, :, :1, :1]).all()
+    assert (variance >= 0).all() and (variance <= 1e-7 * (1 + mean.square())).all()
+
+
+def reached(a):
+    """Where the output has a pixel of z in its window that is not finite."""
+    bad = (~steps(a, torch.float64)[1].isfinite()).half()
+    finished = convolution._finished(a, bad)._replace(weight=torch.ones_like(a.weight), bias=None)
+    return steps(finished, torch.float64)[0] > 0.5
+
+
+@pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
+@pytest.mark.parametrize("pixel", [(0, 0), (20, 31), (36, 52)])
+@pytest.mark.parametrize("layer", [BARE, PLAIN, SKIP, HALVING, DOUBLING])
+def test_what_is_not_finite_shows_where_eager_shows_it(layer, pixel, value):
+    a = made(layer, (2, 37, 53))
+    clean = run(a)
+    a.input[(1, 5, *pixel)] = value
+    out, mean, variance, kept = run(a)
+    bad = reached(a)
+    assert bool(bad.any()) == (value != -INFINITY or not layer.relu)
+    assert not out[bad].isfinite().any()
+    assert torch.equal(out[~bad], clean[0][~bad]) or value == -INFINITY
+    affected = bad.flatten(2).any(2)
+    assert mean[affected].isnan().all() and variance[affected].isnan().all()
+    assert not affected[0].any() and equal((mean[0], variance[0]), (clean[1][0], clean[2][0]))
+    if layer.keep:
+        exact_kept = steps(a, torch.float64)[1]
+        assert torch.equal(kept.isnan(), exact_kept.isnan()) and torch.equal(kept.isinf(), exact_kept.isinf())
+    a.input[(1, 5, *pixel)] = 0.0
+    assert bool(run(a)[1].isfinite().all()), "the workspace is clean again"
+
+
+def test_nan_statistics_and_nan_passing_both_relus():
+    a = made(PLAIN, (2, 20, 40))
+    a.mean[1, 3] = NAN
+    out, mean, variance, _ = run(a)
+    assert out[1].isnan().all() and mean[1].isnan().all() and variance[1].isnan().all()
+    assert out[0].isfinite().all() and mean[0].isfinite().all() and variance[0].isfinite().all()
+    a = made(GENERAL, (1, 30, 50))
+    a.input[0, 7, 11, 13] = NAN
+    out, bad = run(a)[0], reached(a)
+    assert torch.equal(out.isnan(), bad) and bad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layer", BFLOAT16, ids=["plain", "skip", "halving", "doubling"])
+def test_large_weights_are_no_less_finite_than_eagers(layer, dtype):
+    a = made(layer, (2, 37, 53), dtype)
+    a.weight.mul_(100)
+    check(a)
+    a.weight.mul_(100)  # float16 overflows here and there
+    out, mean, variance, _ = run(a)
+    eager, exact = steps(a, dtype)[0], steps(a, torch.float64)[0]
+    # Close to the limit either may round to infinity.
+    certain = eager.isfinite() & (exact.abs() < 0.99 * torch.finfo(dtype).max)
+    assert out[certain].isfinite().all() and not out.isnan().any()
+    whole = out.isfinite().all(3).all(2)  # statistics are those of what is written
+    assert mean[whole].isfinite().all() and variance[whole].isfinite().all()
+    assert not mean[~whole].isfinite().any()
