@@ -284,6 +284,23 @@ def test_a_wrong_result_stops_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_was_measured_before_a_wrong_result_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = PEERS["eager-channels-last"]
+
+    def build(model: torch.nn.Module, *rest: object) -> object:
+        built = right.build(model, *rest)
+        return lambda x: built(x) * (1 if x.shape[3] < 36 else 1.5)
+
+    monkeypatch.setitem(PEERS, "eager-channels-last", dataclasses.replace(right, build=build))
+    output = tmp_path / "rows.json"
+    peers = ("--peers", "eager,eager-channels-last", "--output", str(output))
+    assert run_bench("--sizes", "32x32,32x36", *peers) == 1
+    assert "wrong" in capsys.readouterr().err
+    assert [row["width"] for row in json.loads(output.read_text())] == [32, 32]
+
+
 def test_instance_norm_rows_are_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "rows.json"
     assert (

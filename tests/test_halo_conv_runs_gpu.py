@@ -221,7 +221,7 @@ def test_weights_packed_inside_a_graph_are_not_taken_for_finished():
 def sums() -> torch.Tensor:
     """The memory in which the current stream's statistics meet."""
     stream = torch.cuda.current_stream().cuda_stream
-    return workspace._of_stream[torch.cuda.current_device(), stream, "channel sums"]
+    return workspace._of_stream[torch.cuda.current_device(), stream, "channel sums"][-1]
 
 
 def test_launches_of_other_shapes_share_the_sums_without_leaking():
@@ -246,7 +246,7 @@ def test_workspace_by_stream_purpose_and_size():
     with torch.cuda.stream(torch.cuda.Stream()):
         assert workspace.zeroed(device, "test", 100) != address
     workspace.zeroed(device, "test", 1 << 20)
-    memory = workspace._of_stream[device.index, torch.cuda.current_stream().cuda_stream, "test"]
+    memory = workspace._of_stream[device.index, torch.cuda.current_stream().cuda_stream, "test"][-1]
     assert memory.numel() >= 1 << 20 and not memory.any()
     assert workspace.zeroed(device, "test", 100) == memory.data_ptr(), "the larger one is kept"
 

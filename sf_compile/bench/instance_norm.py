@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sf_compile.bench.checks import check_output, relative_error
 from sf_compile.bench.peers import PEERS
-from sf_compile.bench.rows import BenchmarkError, Log, Row, dtype_name, environment_of, rounded
+from sf_compile.bench.rows import BenchmarkError, Keep, Log, Row, dtype_name, environment_of, forget, rounded
 from sf_compile.bench.timing import Budget, interleaved
 from sf_compile.bench.work import Shape, Size, instance_norm_bytes, parse_sizes, transformer_net_norm_shapes
 
@@ -171,8 +171,11 @@ def run_instance_norm(
     variants: Sequence[Variant] = VARIANTS,
     budget: Budget,
     log: Log,
+    keep: Keep = forget,
 ) -> list[Row]:
     """Check and time `peers` on every shape, layout, dtype and variant; one row each.
+
+    `keep` receives all rows so far whenever a shape is done in one layout and dtype.
 
     Raises:
         BenchmarkError: a peer's result is wrong.
@@ -189,6 +192,7 @@ def run_instance_norm(
                         case = Case(shape, layout, dtype, variant)
                         rows += [vars(environment) | row for row in _run_case(case, peers, device, budget)]
                         torch._dynamo.reset()
+                    keep(rows)
                     if device.type == "cuda":
                         torch.cuda.empty_cache()
     return rows

@@ -24,7 +24,7 @@ from sf_compile.bench.building import Built, build, ready
 from sf_compile.bench.ceilings import Ceilings, measure_ceilings
 from sf_compile.bench.checks import check_output, relative_error
 from sf_compile.bench.peers import PEERS, Build, Peer
-from sf_compile.bench.rows import BenchmarkError, Log, Row, dtype_name, environment_of, rounded
+from sf_compile.bench.rows import BenchmarkError, Keep, Log, Row, dtype_name, environment_of, forget, rounded
 from sf_compile.bench.timing import Budget, Call, Sample, interleaved, sustained
 from sf_compile.bench.work import Size, parse_sizes, transformer_net_flop
 from sf_compile.models import MIN_SIDE, TransformerNet
@@ -77,6 +77,7 @@ def run_network(
     hot: float = 0.0,
     quick: bool = False,
     log: Log,
+    keep: Keep = forget,
 ) -> list[Row]:
     """Check and time `peers` on `device` and return one row each for every size and dtype.
 
@@ -89,6 +90,7 @@ def run_network(
         hot: seconds of uninterrupted load for an additional row per peer; 0 for none.
         quick: measure the ceilings on small operands.
         log: receives one line of progress at a time.
+        keep: receives all rows so far whenever a size and dtype is done.
 
     Raises:
         BenchmarkError: a picture is too small for the network, or a peer's output is wrong.
@@ -123,6 +125,7 @@ def run_network(
                     "dtype": dtype_name(dtype),
                 }
                 rows += _time(runners, size, dtype, ceilings, budget, hot, common, log)
+                keep(rows)
                 del runners
                 _free(device)
     return rows

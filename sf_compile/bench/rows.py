@@ -31,6 +31,11 @@ _DRIVER_QUERY = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,nohea
 
 Row = dict[str, Any]
 Log = Callable[[str], None]
+Keep = Callable[[Sequence[Row]], None]
+
+
+def forget(rows: Sequence[Row]) -> None:
+    """A `Keep` that does nothing: the rows are only returned at the end."""
 
 
 class BenchmarkError(Exception):

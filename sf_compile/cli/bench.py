@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from sf_compile.bench.work import Size, parse_sizes
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also load the device with each peer for that long, for rows with condition hot (network only)",
     )
     parser.add_argument("--quick", action="store_true", help="measure as briefly as possible: a smoke test")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the rows to this file")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the rows to this file, as each size is done")
     parser.add_argument("--force", action="store_true", help="replace the output file if it exists")
 
 
@@ -109,7 +110,7 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch
 
     from sf_compile.bench import instance_norm, network, tables
-    from sf_compile.bench.rows import BenchmarkError, check_output, write_rows
+    from sf_compile.bench.rows import BenchmarkError, Row, check_output, write_rows
     from sf_compile.bench.timing import Budget
     from sf_compile.cli import devices
 
@@ -131,6 +132,15 @@ def _run(arguments: argparse.Namespace) -> int:
         # Hundreds of cases, each of them light on power: less of everything.
         budget = Budget(seconds=arguments.seconds or 0.1, rounds=5, pause=0.02)
 
+    written = False
+
+    def keep(rows: Sequence[Row]) -> None:
+        # What was measured stays, whatever happens to the sizes that follow.
+        nonlocal written
+        if arguments.output is not None:
+            write_rows(arguments.output, rows, force=arguments.force or written)
+            written = True
+
     suite = network if arguments.suite == "network" else instance_norm
     sizes = arguments.sizes or (suite.GPU_SIZES if on_gpu else suite.CPU_SIZES)
     if arguments.suite == "network":
@@ -144,6 +154,7 @@ def _run(arguments: argparse.Namespace) -> int:
             hot=arguments.hot or 0.0,
             quick=arguments.quick,
             log=_log,
+            keep=keep,
         )
         table = tables.network_table(rows)
     else:
@@ -157,11 +168,10 @@ def _run(arguments: argparse.Namespace) -> int:
             variants=instance_norm.select_variants(arguments.variants),
             budget=budget,
             log=_log,
+            keep=keep,
         )
         table = tables.instance_norm_table(rows)
     print(table)
-    if arguments.output is not None:
-        write_rows(arguments.output, rows, force=arguments.force)
     return 0
 
 
