@@ -58,7 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also load the device with each peer for that long, for rows with condition hot (network only)",
     )
     parser.add_argument("--quick", action="store_true", help="measure as briefly as possible: a smoke test")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the rows to this file, as each size is done")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        help="write the rows to this file, as each size is done",
+    )
     parser.add_argument("--force", action="store_true", help="replace the output file if it exists")
 
 
