@@ -10,8 +10,6 @@
 // A share of a mean or of a mean square is a whole number (below 2^62 in magnitude) and a fraction in these units.
 #define FRACTION_UNITS 1099511627776.0  // 2^40
 
-typedef unsigned long long u64;
-
 // Blocks add to one of several copies of the totals: additions to one address are done one after another, and
 // those of a warp to neighbouring addresses together.
 #define COPIES 8

@@ -8,6 +8,7 @@
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef long long i64;
+typedef unsigned long long u64;
 
 #define DEVICE __device__ __forceinline__
 

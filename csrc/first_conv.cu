@@ -44,26 +44,6 @@
 static_assert(STRIP % BOX == 0 && BOX % 16 == 0 && BOX <= 256, "boxes are whole 8-pair groups");
 static_assert(SLOTS % 2 == 0 && SLOTS >= KERNEL && SLOTS >= FIRST_ROWS, "ring");
 
-template <int kRegisters> DEVICE void give_registers_back() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters> DEVICE void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-DEVICE void store_shared(u32 address, u32 first, u32 second) {
-  asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(address), "r"(first), "r"(second) : "memory");
-}
-// Transposed 8x8 matrices: lane i says where row i % 8 of matrix i / 8 goes.
-DEVICE void store_transposed(u32 address, u32 a, u32 b) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(address), "r"(a), "r"(b)
-               : "memory");
-}
-DEVICE void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a),
-               "r"(b), "r"(c), "r"(d)
-               : "memory");
-}
-
 // The input, with strides in elements.
 struct Picture {
   const element* pixels;

@@ -6,8 +6,6 @@
 #include "dependent_launch.cuh"
 #include "elements.cuh"
 
-typedef unsigned long long u64;
-
 // What cuTensorMapEncodeTiled filled in; passed to a kernel as `const __grid_constant__ TensorMap`.
 struct alignas(64) TensorMap {
   u64 opaque[16];
@@ -18,6 +16,7 @@ DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(
 // ---- wgmma -------------------------------------------------------------------------------------------
 // Swizzle modes of a shared-memory operand, in the descriptor's encoding.
 #define SWIZZLE_NONE 0
+#define SWIZZLE_128 1
 #define SWIZZLE_64 2
 #define SWIZZLE_32 3
 
@@ -130,12 +129,25 @@ DEVICE u32 transpose_8x8(u32 a) {
   return r;
 }
 
-// Store four 8x8 matrices of 16-bit elements spread over a warp, transposed: lane 8 m + r has the address of row r
-// (16 bytes) of matrix m.
-DEVICE void store_matrices(u32 address, const u32 (&m)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(m[0]), "r"(m[1]),
-               "r"(m[2]), "r"(m[3])
+// Store 8x8 matrices of 16-bit elements spread over a warp, transposed: lane 8 m + r has the address of row r (16
+// bytes) of matrix m.
+DEVICE void store_transposed(u32 address, u32 a, u32 b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(address), "r"(a), "r"(b)
                : "memory");
+}
+DEVICE void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a),
+               "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+// A block's warpgroups are launched with equal shares of the registers. One that needs fewer gives some back, for
+// others to take; what is left of the launch's share must cover it, or the block waits forever.
+template <int kRegisters> DEVICE void give_registers_back() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters> DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // ---- mbarrier ----------------------------------------------------------------------------------------
@@ -191,6 +203,12 @@ DEVICE uint4 load_shared(u32 address) {
   uint4 v;
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
   return v;
+}
+DEVICE void store_shared(u32 address, u32 first, u32 second) {
+  asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(address), "r"(first), "r"(second) : "memory");
+}
+DEVICE void store_shared(u32 address, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(first), "f"(second) : "memory");
 }
 DEVICE void store_shared(u32 address, uint4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");

@@ -40,7 +40,6 @@
 #define HALF (MMA_N / 16 * 8)  // columns of outputs that are added first; the rest of the strip comes second
 #define WEIGHT_BYTES (HELD ? 0 : STEPS * 2048)
 #define PLANES_BYTES (2 * PLANES * PITCH * 4)
-#define SWIZZLE_128 1
 #define SWIZZLE (COLUMN_BYTES == 128 ? SWIZZLE_128 : COLUMN_BYTES == 64 ? SWIZZLE_64 : SWIZZLE_32)
 #define NORMALIZING 96  // threads
 // Of a thread that multiplies; the third warpgroup has the rest of the 3 x 168 that a block is launched with.
@@ -49,10 +48,6 @@
 
 static_assert(PLANES <= 32 && SLOTS > KERNEL && PITCH >= HALF + 8 && PITCH >= MMA_N - HALF, "does not fit");
 
-// Floats in shared memory.
-DEVICE void store_pair(u32 address, float first, float second) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second) : "memory");
-}
 DEVICE float load_float(u32 address) {
   float value;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
@@ -304,8 +299,8 @@ DEVICE void multiply_and_add(const Shared& shared, const Geometry& g, const uint
 #pragma unroll
       for (int i = 0; i < (half ? (MMA_N - HALF) / 8 : HALF / 8 + 1); i++) {
         const float* values = d + 4 * (i + begin_column / 8);
-        if (plane < PLANES) store_pair(keep + i * 32, values[0], values[1]);
-        if (plane + 8 < PLANES) store_pair(keep + (8 * PITCH + i * 8) * 4, values[2], values[3]);
+        if (plane < PLANES) store_shared(keep + i * 32, values[0], values[1]);
+        if (plane + 8 < PLANES) store_shared(keep + (8 * PITCH + i * 8) * 4, values[2], values[3]);
       }
       named_barrier(barrier, 64);
 #pragma unroll
@@ -355,7 +350,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) last_conv(
   const i64 units = (i64)images * g.strips() * g.row_pairs();
   const int begin = (int)(units * blockIdx.x / gridDim.x), end = (int)(units * (blockIdx.x + 1) / gridDim.x);
   if (group == 2) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(504 - 2 * MULTIPLYING_REGISTERS));
+    give_registers_back<504 - 2 * MULTIPLYING_REGISTERS>();
     if (thread >= NORMALIZING) {
       if (!HELD && thread == NORMALIZING) {
         barrier_expect(shared.weights_full, WEIGHT_BYTES);
@@ -369,7 +364,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) last_conv(
       normalize(shared, g, norm, begin, end, thread);
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLYING_REGISTERS));
+    take_registers<MULTIPLYING_REGISTERS>();
     Picture picture = {out, (i64)out_height * out_width, 1};
     if (channels_last) picture = {out, 1, OUT_CHANNELS};
     multiply_and_add(shared, g, weights, bias, lower, picture, begin, end, group, thread);

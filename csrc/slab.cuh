@@ -12,8 +12,6 @@
 #pragma once
 #include "moments.cuh"
 
-typedef unsigned long long u64;
-
 #define ROWS (THREADS / LANES)
 #define WARPS (THREADS / 32)
 #define AHEAD 3  // steps of a thread that are on their way into shared memory

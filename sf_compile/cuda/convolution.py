@@ -7,6 +7,7 @@ upsampled and padded input in one pass, cuDNN convolves it, and our statistics r
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from sf_compile.ops.checks import statistics_dtype
 from sf_compile.ops.conv2d import Arguments, absent, composed
 
 _MOST_CHOICES = 4096
+_log = logging.getLogger(__name__)
 
 
 def runs_channels_last(a: Arguments) -> bool:
@@ -51,13 +53,29 @@ def choice(a: Arguments) -> tuple[Any, bool]:
     key = _key(a)
     found = _choices.get(key)
     if found is None:
-        kernel = next((kernel for kernel in _KERNELS if kernel.refusal(a) is None), None)
+        refusals = [(kernel, kernel.refusal(a)) for kernel in _KERNELS]
+        kernel = next((kernel for kernel, refusal in refusals if refusal is None), None)
         split = kernel is None and a.normalizes and usable(a.input)
         split = split and halo_conv.refusal(_finished(a, a.input)) is None
         if len(_choices) >= _MOST_CHOICES:
             _choices.clear()
         found = _choices[key] = (halo_conv if split else kernel, split)
+        _explain(a, *found, refusals)
     return found
+
+
+def _explain(a: Arguments, kernel: Any, split: bool, refusals: list[tuple[Any, str | None]]) -> None:
+    """One debug line for a convolution that was not seen before: what runs it, and why nothing else does."""
+    if not _log.isEnabledFor(logging.DEBUG):
+        return
+    runs = "cuDNN between passes of ours" if kernel is None else kernel.SOURCE
+    if split:
+        runs = f"a pass that finishes the input, then {runs}"
+    reasons = "; ".join(f"not {other.SOURCE}: {reason}" for other, reason in refusals if reason)
+    _log.debug(
+        "conv2d of %s %s by %s: %s (%s)",
+        a.input.dtype, tuple(a.input.shape), tuple(a.weight.shape), runs, reasons or "its first choice",
+    )  # fmt: skip
 
 
 def _key(a: Arguments) -> tuple[Any, ...]:

@@ -1,0 +1,75 @@
+"""Which kernel runs a convolution, and how that is told."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sf_compile.cuda import convolution
+from sf_compile.ops.conv2d import Arguments
+
+
+def arguments(**changes: object) -> Arguments:
+    x, weight = torch.randn(1, 16, 8, 8), torch.randn(16, 16, 3, 3)
+    plain = Arguments(
+        x, weight, None, None, None, None, None, 1.0, "relu", torch.randn_like(x), 1, [1, 1, 1, 1], "reflect",
+        [1, 1], "none", True, False, True,
+    )  # fmt: skip
+    return plain._replace(**changes)
+
+
+def kernel(source: str, refusal):
+    calls = []
+    return SimpleNamespace(
+        SOURCE=source, refusal=lambda a: calls.append(a) or refusal(a), conv2d=lambda a: a, calls=calls
+    )
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    def with_kernels(first, halo):
+        monkeypatch.setattr(convolution, "_KERNELS", (first, halo))
+        monkeypatch.setattr(convolution, "halo_conv", halo)
+        monkeypatch.setattr(convolution, "usable", lambda x: True)
+        monkeypatch.setattr(convolution, "_choices", {})
+        return convolution.choice
+
+    return with_kernels
+
+
+def test_the_first_kernel_that_does_not_refuse_is_asked_once(choose):
+    first, halo = kernel("first.cu", lambda a: "too many channels"), kernel("halo.cu", lambda a: None)
+    choice = choose(first, halo)
+    a = arguments()
+    assert choice(a) == (halo, False) == choice(a)
+    assert len(first.calls) == len(halo.calls) == 1
+    choice(arguments(padding=[2, 2, 2, 2]))
+    assert len(halo.calls) == 2
+
+
+def test_a_residual_that_does_not_fit_is_added_by_a_pass_before(choose):
+    halo = kernel("halo.cu", lambda a: "no room" if a.residual is not None else None)
+    choice = choose(kernel("first.cu", lambda a: "no"), halo)
+    assert choice(arguments()) == (halo, True)
+    assert choice(arguments(residual=None)) == (halo, False)
+    nothing = choose(kernel("first.cu", lambda a: "no"), kernel("halo.cu", lambda a: "no"))
+    assert nothing(arguments()) == (None, False)
+
+
+def test_the_log_says_what_runs_and_why_nothing_else_does(choose, caplog):
+    first = kernel("first.cu", lambda a: "reads 1 to 4 channels, not 16")
+    halo = kernel("halo.cu", lambda a: "no room" if a.residual is not None else None)
+    choice = choose(first, halo)
+    with caplog.at_level(logging.DEBUG, "sf_compile"):
+        choice(arguments())
+        choice(arguments())
+        choice(arguments(residual=None))
+    assert [record.getMessage() for record in caplog.records] == [
+        "conv2d of torch.float32 (1, 16, 8, 8) by (16, 16, 3, 3): a pass that finishes the input, then "
+        "halo.cu (not first.cu: reads 1 to 4 channels, not 16; not halo.cu: no room)",
+        "conv2d of torch.float32 (1, 16, 8, 8) by (16, 16, 3, 3): halo.cu "
+        "(not first.cu: reads 1 to 4 channels, not 16)",
+    ]
