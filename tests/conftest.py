@@ -45,3 +45,12 @@ def photo_path() -> Path:
     if not path.is_file():
         pytest.skip("the photograph is not beside the checkout (../shared/images)")
     return path
+
+
+@pytest.fixture
+def strict_float32():
+    """Float32 convolutions on a GPU in float32, not in TF32."""
+    precision = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = precision

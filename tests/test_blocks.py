@@ -51,14 +51,6 @@ def calls(dtype: torch.dtype, device: str, layout: str, c: int = 16, h: int = 12
     ]  # fmt: skip
 
 
-@pytest.fixture
-def strict_float32():
-    precision = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = precision
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -17,14 +17,6 @@ pytestmark = pytest.mark.gpu
 CHECKPOINTS = ("candy_nc16.pth", "mosaic_nc16.pth", "rain_princess_nc16.pth", "udnie_nc16.pth")
 
 
-@pytest.fixture
-def strict_float32():
-    precision = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = precision
-
-
 def network(dtype: torch.dtype = torch.float16, width: int = 16, blocks: int = 2) -> TransformerNet:
     return TransformerNet(width, blocks).eval().to("cuda", dtype)
 
