@@ -23,6 +23,7 @@ from sf_compile.bench.work import (
 )
 from sf_compile.models import TransformerNet
 
+
 @pytest.mark.parametrize(
     ("size", "written", "subpixel"),
     [
