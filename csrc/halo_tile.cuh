@@ -63,7 +63,7 @@ struct OutMaps {
   TensorMap phase[PHASES];
 };
 
-// n / d for n < 2^21, from 2^42 / d rounded up: a division would be hundreds of cycles in front of every slot.
+// n / d for n < 2^21, from 2^42 / d rounded up: no division stands in front of a slot.
 DEVICE int quotient(int n, u64 reciprocal) { return (int)((u64)n * reciprocal >> 42); }
 
 // What coordinate `at` outside [0, size) is a copy of; for zeros itself.

@@ -52,3 +52,13 @@ def psnr(a: Tensor, b: Tensor, peak: float = 255.0) -> float:
     """Peak signal-to-noise ratio in dB; infinite for equal pictures."""
     mse = (a.double() - b.double()).square().mean()
     return float("inf") if mse == 0 else float(10 * torch.log10(peak**2 / mse))
+
+
+def replay_side_by_side(graphs: list[torch.cuda.CUDAGraph], times: int = 20) -> None:
+    """Replay each graph on a stream of its own, all at once, and wait for them."""
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(times):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from cases import psnr, relative_error
+from cases import psnr, relative_error, replay_side_by_side
 
 from sf_compile.backend import styleforge
 from sf_compile.models import TransformerNet
@@ -97,12 +97,7 @@ def test_two_graphs_replayed_side_by_side():
             with torch.cuda.graph(graph):
                 outputs.append(model(x))
             graphs.append(graph)
-    streams = [torch.cuda.Stream() for _ in graphs]
-    for _ in range(20):
-        for graph, stream in zip(graphs, streams, strict=True):
-            with torch.cuda.stream(stream):
-                graph.replay()
-    torch.cuda.synchronize()
+    replay_side_by_side(graphs)
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
 

@@ -172,3 +172,13 @@ def test_large_weights_are_no_less_finite_than_eagers(layer, dtype):
     whole = out.isfinite().all(3).all(2)  # statistics are those of what is written
     assert mean[whole].isfinite().all() and variance[whole].isfinite().all()
     assert not mean[~whole].isfinite().any()
+
+
+@pytest.mark.parametrize("layer", BFLOAT16, ids=["plain", "skip", "halving", "doubling"])
+def test_the_fake_kernel_describes_what_is_returned(layer):
+    results = torch.library.opcheck(
+        torch.ops.styleforge.conv2d.default,
+        tuple(made(layer, (2, 37, 53))),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    assert set(results.values()) == {"SUCCESS"}

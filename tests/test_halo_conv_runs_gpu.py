@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from cases import replay_side_by_side
 from halo_layers import (
     BARE,
     DOUBLING,
@@ -124,12 +125,7 @@ def test_two_graphs_of_one_stream_replayed_side_by_side():
         with torch.cuda.graph(graph):
             results.append([run(a) for _ in range(5)])
         graphs.append(graph)
-    streams = [torch.cuda.Stream() for _ in graphs]
-    for _ in range(20):
-        for graph, stream in zip(graphs, streams, strict=True):
-            with torch.cuda.stream(stream):
-                graph.replay()
-    torch.cuda.synchronize()
+    replay_side_by_side(graphs)
     for outputs, wanted in zip(results, expected, strict=True):
         assert all(equal(result, wanted) for result in outputs)
 

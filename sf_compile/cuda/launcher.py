@@ -186,10 +186,14 @@ class Kernel:
 def enter_context(driver: Any) -> None:
     """Make PyTorch's context of the current device the calling thread's, which may not have one yet."""
     if int(checked(driver, "cuCtxGetCurrent", driver.cuCtxGetCurrent())) == 0:
-        index = torch.cuda.current_device()
-        device = checked(driver, "cuDeviceGet", driver.cuDeviceGet(index))
-        context = checked(driver, "cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(device))
+        context = _context(driver, torch.cuda.current_device())
         checked(driver, "cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
+
+
+def _context(driver: Any, index: int) -> Any:
+    """The primary context, PyTorch's own, of device ``index``."""
+    device = checked(driver, "cuDeviceGet", driver.cuDeviceGet(index))
+    return checked(driver, "cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(device))
 
 
 def _overlapping_launch(driver: Any) -> Any:
@@ -271,8 +275,7 @@ def _load_cubin(
     """Load ``cubin`` into the primary context, PyTorch's own, of the current device ``index``."""
     what = f"{entry} ({key}) on cuda:{index}"
     checked(driver, "cuInit", driver.cuInit(0))
-    device = checked(driver, "cuDeviceGet", driver.cuDeviceGet(index))
-    context = checked(driver, "cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(device))
+    context = _context(driver, index)
     checked(driver, "cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
     # Loading allocates, which a stream capture in progress forbids to this thread unless it is told that the
     # work does not belong to the capture.

@@ -88,8 +88,8 @@ def prefers_channels_last(value: torch.Tensor, options: Options) -> bool:
 
     16-bit convolutions run on a GPU's tensor cores in channels_last, and oneDNN's on a CPU do too.
     Float32 on a GPU keeps the layout that the model has, so that cuDNN is asked what eager PyTorch asks
-    it: where TF32 is allowed, cuDNN multiplies a first layer of three channels in full float32 if contiguous,
-    and in TF32 if channels_last, which takes the network further from float64 than is promised.
+    it: where TF32 is allowed another layout can mean another precision, as for a first layer of three
+    channels.
     """
     if options.layout != "auto":
         return options.layout == "channels_last"
