@@ -1,6 +1,6 @@
 """``torch.compile(model, backend="styleforge")``: the one file that knows the order of the stages.
 
-    Dynamo's graph -> normalize -> match -> plan -> rewrite -> the fallback compiler
+    Dynamo's graph -> normalize -> match -> plan -> rewrite -> regions -> the fallback compiler
 
 PyTorch finds ``styleforge`` below through the entry point group ``torch_dynamo_backends``. Nothing
 in a model that the matcher does not understand is touched; a graph with nothing to fuse is handed
@@ -20,6 +20,7 @@ from torch import fx
 from sf_compile.graph.match import Matches, match
 from sf_compile.graph.normalize import NormalizedGraph, normalize
 from sf_compile.graph.plan import Plan, plan
+from sf_compile.graph.regions import Region, group
 from sf_compile.graph.rewrite import rewrite
 from sf_compile.options import Options
 
@@ -48,11 +49,23 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], options: Option
     if not analysis.plan.decisions:
         log.debug("nothing to fuse in a graph of %d nodes: it runs as it came", len(gm.graph.nodes))
         return _fallback(gm, example_inputs, options)
+    rewritten, regions = rewritten_graph(analysis, options)
+    log.debug("fused %d sites:\n%s", len(analysis.plan.decisions), analysis.plan)
+    for number, region in enumerate(regions):
+        log.debug("region %d: %s", number, region)
+    return _fallback(rewritten, example_inputs, options)
+
+
+def rewritten_graph(analysis: Analysis, options: Options) -> tuple[fx.GraphModule, list[Region]]:
+    """The graph that replaces Dynamo's, made of the copy in ``analysis``, and its regions.
+
+    Regions are for the graph that runs as it is: a compiler wants to see the ops themselves.
+    """
     import sf_compile.ops  # noqa: F401  registers the ops that rewrite calls by name
+    from sf_compile.ops.region import runner
 
     rewritten = rewrite(analysis.normalized, analysis.plan)
-    log.debug("fused %d sites:\n%s", len(analysis.plan.decisions), analysis.plan)
-    return _fallback(rewritten, example_inputs, options)
+    return rewritten, group(rewritten, runner) if options.fallback == "eager" else []
 
 
 def _fallback(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sf_compile.backend import Analysis, analyse
+from sf_compile.backend import Analysis, analyse, rewritten_graph
 from sf_compile.graph.plan import Decision, describe
 from sf_compile.options import Options
 
@@ -27,6 +27,7 @@ class Fused:
         finish: ``"none"``, ``"here"`` or ``"deferred"``: where its norm and addition are applied.
         layout: ``"channels_last"`` or ``"contiguous"``, of its output.
         why: The reason for ``finish``.
+        region: Number, within its graph, of the region whose ops run as one call; None outside of regions.
     """
 
     pattern: str
@@ -37,6 +38,7 @@ class Fused:
     finish: str
     layout: str
     why: str
+    region: int | None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ class Report:
         sites = "1 fused site replaces" if len(self.fused) == 1 else f"{len(self.fused)} fused sites replace"
         lines = [f"styleforge: {sites} {replaced} of {total} operations"]
         lines += _table([(s.node, s.pattern, f"{s.nodes} nodes", s.layout, s.why) for s in self.fused])
+        regions: dict[tuple[int, int], list[str]] = {}
+        for site in self.fused:
+            if site.region is not None:
+                regions.setdefault((site.graph, site.region), []).append(site.node)
+        lines += [f"one call runs {len(names)} sites: {', '.join(names)}" for names in regions.values()]
         if self.skipped:
             lines.append(f"left alone, with a reason: {len(self.skipped)}")
             lines += _table([(s.node, s.reason) for s in self.skipped])
@@ -110,7 +117,7 @@ def explain(
 ) -> Report:
     """Say what ``torch.compile(model, backend="styleforge")`` does for these inputs.
 
-    Runs ``model`` once on ``inputs`` under Dynamo, with its original operations: nothing is rewritten and no
+    Runs ``model`` once on ``inputs`` under Dynamo, with its original operations: no fused op is run and no
     kernel is compiled. The decisions are those of the current grad mode, autocast state and device, and of a
     first call: like ``torch._dynamo.explain``, this calls ``torch.compiler.reset()``, so models that were
     compiled before compile again at their next call. Buffers that the run writes to (the running statistics
@@ -165,18 +172,22 @@ def _report(analyses: Sequence[Analysis], breaks: Sequence[str], options: Option
     untouched: list[str] = []
     for index, analysis in enumerate(analyses):
         inside = {step.node for decision in analysis.plan.decisions for step in decision.site.steps}
-        fused += [_fused(decision, index) for decision in analysis.plan.decisions]
         skipped += [Skipped(miss.node, miss.reason, index) for miss in analysis.matches.misses]
         untouched += [
             node.name
             for node in analysis.normalized.graph.nodes
             if node.op not in ("placeholder", "output", "get_attr") and node not in inside
         ]
+        # Last, for it takes the analysed copy of the graph apart.
+        regions = rewritten_graph(analysis, options)[1]
+        numbers = {site: number for number, region in enumerate(regions) for site in region.sites}
+        fused += [_fused(decision, index, numbers) for decision in analysis.plan.decisions]
     return Report(tuple(fused), tuple(skipped), tuple(untouched), tuple(breaks), options)
 
 
-def _fused(decision: Decision, graph: int) -> Fused:
+def _fused(decision: Decision, graph: int, regions: Mapping[str, int]) -> Fused:
     site = decision.site
     return Fused(
-        pattern=site.pattern, nodes=len(site.steps), node=site.anchor.name, graph=graph, **describe(decision)
-    )
+        pattern=site.pattern, nodes=len(site.steps), node=site.anchor.name, graph=graph,
+        region=regions.get(site.anchor.name), **describe(decision),
+    )  # fmt: skip

@@ -75,10 +75,11 @@ def test_pointer_array_reaches_every_argument(signature, arguments):
 
 
 def test_tensor_maps_come_first_and_take_128_bytes_each():
-    assert launcher._fields("TTFPfq") == [(0, 128), (128, 128), (256, 512), (768, 8), (776, 4), (784, 8)]
+    fields = [(0, 128), (128, 128), (256, 512), (768, 8), (776, 4), (784, 8)]
+    assert launcher.parameter_fields("TTFPfq") == fields
     block = ArgumentBlock("TFPi")
     maps = bytes(range(128)), bytes(range(256)) * 2
-    struct.Struct(launcher._format("TFPi")).pack_into(block.values, 0, *maps, 4096, -7)
+    struct.Struct(launcher.argument_format("TFPi")).pack_into(block.values, 0, *maps, 4096, -7)
     pointers = (ctypes.c_void_p * 4).from_address(block.address)
     assert tuple(ctypes.string_at(p, n) for p, n in zip(pointers, (128, 512), strict=False)) == maps
     assert ctypes.c_uint64.from_address(pointers[2]).value == 4096

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sf_compile"
-STAGES = ("normalize", "match", "plan", "rewrite")
+STAGES = ("normalize", "match", "plan", "rewrite", "regions")
 IMPORT_MS = 50
 
 

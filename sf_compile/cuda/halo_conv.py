@@ -13,7 +13,7 @@ from sf_compile.cuda import hopper
 from sf_compile.cuda.launcher import Kernel, load
 from sf_compile.cuda.layout import PADS, is_channels_last, multiprocessors, pointer
 from sf_compile.cuda.packing import packed
-from sf_compile.cuda.tensor_maps import channels_last_map
+from sf_compile.cuda.tensor_maps import TensorMap, channels_last_map
 from sf_compile.ops.conv2d import Arguments, absent
 from sf_compile.ops.library import empty_image
 
@@ -249,7 +249,9 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     box = (min(variant.phase_rows, 64), _TILE_H, _ROUND)
     if variant.subpixel:
         parities = [out.data_ptr() + 2 * o * (p * out_w + q) for p in (0, 1) for q in (0, 1)]
-        maps.append(b"".join(channels_last_map(at, x.dtype, (n, o, h, w), box, spread=2) for at in parities))
+        shape = (n, o, h, w)
+        outputs = [channels_last_map(at, x.dtype, shape, box, spread=2) for at in parities]
+        maps.append(TensorMap.joined(outputs))
     else:
         maps.append(channels_last_map(out.data_ptr(), x.dtype, (n, o, out_h, out_w), box))
     _kernel(index, variant, weights.launch_mode).launch(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sf_compile.cuda.compiler import KernelKey, KernelUnavailable, architecture, compile_kernel
+from sf_compile.cuda.recorder import observing
 
 _FORMATS = {"P": "P", "q": "q", "i": "i", "f": "f", "d": "d", "T": "128s", "F": "512s"}
 _DEFAULT_SHARED_BYTES = 48 * 1024
@@ -31,15 +32,15 @@ class KernelLaunchError(RuntimeError):
     """A CUDA driver call failed; the message has the error, the kernel and the launch configuration."""
 
 
-def _format(signature: str) -> str:
+def argument_format(signature: str) -> str:
     """The ``struct`` format of a kernel's parameters; its native mode aligns every field as C does."""
     return "@" + "".join(_FORMATS[letter] for letter in signature)
 
 
-def _fields(signature: str) -> list[tuple[int, int]]:
+def parameter_fields(signature: str) -> list[tuple[int, int]]:
     """(offset, size) in bytes of every parameter: a field ends where the format up to it ends."""
-    sizes = [struct.calcsize(_format(letter)) for letter in signature]
-    ends = [struct.calcsize(_format(signature[: i + 1])) for i in range(len(signature))]
+    sizes = [struct.calcsize(argument_format(letter)) for letter in signature]
+    ends = [struct.calcsize(argument_format(signature[: i + 1])) for i in range(len(signature))]
     return [(end - size, size) for end, size in zip(ends, sizes, strict=True)]
 
 
@@ -58,8 +59,8 @@ class ArgumentBlock:
             raise ValueError(f"signature {signature!r} has the letter {unknown[0]!r}; known are {letters}")
         if set("TF") & set(signature.lstrip("TF")):
             raise ValueError(f"signature {signature!r}: tensor maps (T, F) come before everything else")
-        layout = struct.Struct(_format(signature))
-        offsets = [offset for offset, _ in _fields(signature)]
+        layout = struct.Struct(argument_format(signature))
+        offsets = [offset for offset, _ in parameter_fields(signature)]
         self.values = (ctypes.c_uint64 * max(1, -(-layout.size // 8)))()
         base = ctypes.addressof(self.values)
         self._pointers = (ctypes.c_void_p * max(1, len(offsets)))(*(base + offset for offset in offsets))
@@ -69,7 +70,8 @@ class ArgumentBlock:
 class Kernel:
     """One kernel loaded on one device; made by ``load``.
 
-    ``key`` is what it was compiled from, ``entry`` its name in the source, ``signature`` its parameters.
+    ``key`` is what it was compiled from, ``entry`` its name in the source, ``signature`` its parameters,
+    ``function`` the driver's handle, ``mode`` how it is launched (see ``load``).
     """
 
     def __init__(
@@ -81,9 +83,9 @@ class Kernel:
         self.signature = signature
         self.device_index = device_index
         self._driver = driver
-        self._function = function
+        self.function = function
         self._context = context
-        self._layout = struct.Struct(_format(signature))
+        self._layout = struct.Struct(argument_format(signature))
         self._threads = threading.local()
         attributes = driver.CUfunction_attribute
         self._static_shared = checked(
@@ -91,7 +93,7 @@ class Kernel:
             driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function),
         )
         self._shared_limit = _DEFAULT_SHARED_BYTES - self._static_shared
-        self._mode = mode
+        self.mode = mode
         self._submit = driver.cuLaunchCooperativeKernel if mode == "cooperative" else driver.cuLaunchKernel
         self._tail = () if mode == "cooperative" else (0,)  # only cuLaunchKernel has a last one, `extra`
         # The public torch.cuda.current_stream builds a Stream object in every call.
@@ -129,6 +131,8 @@ class Kernel:
         else:
             with torch.cuda.device(self.device_index):
                 self._launch_here(grid, block, shared_bytes, stored.address)
+        if observing.recorder is not None:
+            observing.recorder.launched(self, grid, block, shared_bytes, arguments)
 
     def _launch_here(self, grid: tuple[int, int, int], block: int, shared_bytes: int, address: int) -> None:
         """Launch with the kernel's device being the current one."""
@@ -137,19 +141,31 @@ class Kernel:
         x, y, z = grid
         stream = self._current_stream(self.device_index)
         try:
-            if self._mode == "overlapping":
+            if self.mode == "overlapping":
                 config = self._threads.config
                 config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX = x, y, z, block
                 config.sharedMemBytes, config.hStream = shared_bytes, stream
-                (result,) = self._driver.cuLaunchKernelEx(config, self._function, address, 0)
+                (result,) = self._driver.cuLaunchKernelEx(config, self.function, address, 0)
             else:
                 (result,) = self._submit(
-                    self._function, x, y, z, block, 1, 1, shared_bytes, stream, address, *self._tail
+                    self.function, x, y, z, block, 1, 1, shared_bytes, stream, address, *self._tail
                 )
         except OverflowError as error:  # a negative number, or one beyond 32 bits
             raise ValueError(f"{self._describe(grid, block, shared_bytes)}: {error}") from error
         if result != 0:
-            raise _driver_error(self._driver, self._describe(grid, block, shared_bytes), result)
+            raise self.failure(grid, block, shared_bytes, result)
+
+    def failure(
+        self, grid: tuple[int, int, int], block: int, shared_bytes: int, code: Any
+    ) -> KernelLaunchError:
+        """The error for a launch that the driver answered with ``code``, a CUresult or its number, not 0."""
+        what = self._describe(grid, block, shared_bytes)
+        return _driver_error(self._driver, what, self._driver.CUresult(code))
+
+    def enter_context(self) -> None:
+        """Make PyTorch's context the calling thread's; the kernel's device is the current one."""
+        # PyTorch names a device even to a thread that has made no CUDA call yet, which has no context.
+        checked(self._driver, f"cuCtxSetCurrent for {self}", self._driver.cuCtxSetCurrent(self._context))
 
     def _describe(self, grid: tuple[int, int, int], block: int, shared_bytes: int) -> str:
         blocks = "x".join(map(str, grid))
@@ -158,9 +174,8 @@ class Kernel:
     def _prepare_thread(self) -> ArgumentBlock:
         """Make the calling thread able to launch; return its argument storage."""
         if self._current_device() == self.device_index:
-            # PyTorch says so even of a thread that has made no CUDA call yet, which has no context.
-            checked(self._driver, f"cuCtxSetCurrent for {self}", self._driver.cuCtxSetCurrent(self._context))
-        if self._mode == "overlapping":
+            self.enter_context()
+        if self.mode == "overlapping":
             self._threads.config = _overlapping_launch(self._driver)
         stored = self._threads.arguments = ArgumentBlock(self.signature)
         return stored
@@ -179,7 +194,7 @@ class Kernel:
             )
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         checked(driver, f"cuFuncSetAttribute of {self}",
-                 driver.cuFuncSetAttribute(self._function, attribute, limit))
+                 driver.cuFuncSetAttribute(self.function, attribute, limit))
         self._shared_limit = limit
 
 
@@ -303,7 +318,7 @@ def _check_signature(driver: Any, what: str, signature: str, function: Any) -> N
         # Parameters that begin with a tensor map do not begin at 0: what aligns it is recorded too.
         first = recorded[0][0]
         recorded = [(offset - first, size) for offset, size in recorded]
-    expected = _fields(signature)
+    expected = parameter_fields(signature)
     if recorded != expected:
         raise ValueError(
             f"signature {signature!r} of {what} means parameters at (offset, size) {expected}; the kernel "

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sf_compile.cuda.recorder import observing
+
 
 class Packed(NamedTuple):
     """A packed weight, and whether it is surely in memory already, whatever the stream.
@@ -56,6 +58,8 @@ def packed(weight: Tensor, form: str, pack: Callable[[Tensor], Tensor]) -> Packe
         forms: dict[str, _Kept] = _packed.setdefault(weight, {})
         kept = forms.get(form)
         if kept is not None and kept.version == weight._version and kept.address == weight.data_ptr():
+            if observing.recorder is not None:
+                observing.recorder.uses(kept.weight)
             return Packed(kept.weight, True)
         copy = pack(weight.detach())
         if weight.is_cuda:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,12 +14,35 @@ SWIZZLES = {32: "32B", 64: "64B", 128: "128B"}
 """Bytes of a box's innermost row that a shared-memory swizzle exists for here."""
 
 
+class TensorMap(bytes):
+    """Encoded maps, 128 bytes each, that know what they were made of.
+
+    ``parts`` has for each map the address that it is of, and what encodes it for another address.
+    """
+
+    parts: tuple[tuple[int, Callable[[int], TensorMap]], ...]
+
+    @classmethod
+    def of(cls, address: int, data: bytes, encode: Callable[[int], TensorMap]) -> TensorMap:
+        """The one map ``data``."""
+        made = cls(data)
+        made.parts = ((address, encode),)
+        return made
+
+    @classmethod
+    def joined(cls, maps: Sequence[TensorMap]) -> TensorMap:
+        """An array of maps, as one kernel parameter takes it."""
+        made = cls(b"".join(maps))
+        made.parts = tuple(part for one in maps for part in one.parts)
+        return made
+
+
 @functools.lru_cache(maxsize=1024)
 def channels_last_map(
     address: int, dtype: torch.dtype, shape: tuple[int, int, int, int], box: tuple[int, int, int],
     step: int = 1, spread: int = 1,
-) -> bytes:  # fmt: skip
-    """The 128 bytes of a map of a dense channels_last picture, its dimensions ordered C, H, W, N.
+) -> TensorMap:  # fmt: skip
+    """A map, 128 bytes, of a dense channels_last picture, its dimensions ordered C, H, W, N.
 
     ``address`` of the first element (a multiple of 16) and ``shape`` (N, C, H, W) of a float16 or bfloat16
     tensor whose C is a multiple of 8. ``box`` is what one copy moves: channels (a row of 32, 64 or 128 bytes,
@@ -55,4 +79,8 @@ def channels_last_map(
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         ),
     )  # fmt: skip
-    return ctypes.string_at(int(encoded.getPtr()), 128)
+    return TensorMap.of(
+        address,
+        ctypes.string_at(int(encoded.getPtr()), 128),
+        lambda other: channels_last_map(other, dtype, shape, box, step, spread),
+    )

@@ -13,6 +13,8 @@ import threading
 import torch
 from torch import Tensor
 
+from sf_compile.cuda.recorder import observing
+
 _of_stream: dict[tuple[int, int, str], list[Tensor]] = {}
 _of_capture: dict[int, tuple[int, dict[tuple[int, str], Tensor]]] = {}
 _lock = threading.Lock()
@@ -37,6 +39,8 @@ def zeroed(device: torch.device, purpose: str, size: int) -> int:
         grown = _of_stream.setdefault((device.index, stream, purpose), [])
         if not grown or grown[-1].numel() < size:
             grown.append(_zeros(device, size))
+        if observing.recorder is not None:
+            observing.recorder.uses(grown[-1])
         return grown[-1].data_ptr()
 
 

@@ -28,7 +28,8 @@ class _Pending:
 def rewrite(graph: NormalizedGraph, plan: Plan) -> fx.GraphModule:
     """Replace every planned site in ``graph`` by its ops; returns the same (copied) module.
 
-    The graph is valid and runnable after it; nodes outside the sites are untouched.
+    The graph is valid and runnable after it; nodes outside the sites are untouched. A node that calls one of
+    our ops has the name of its site's anchor in ``meta["site"]``.
     """
     writer = _Writer(graph.graph)
     for index, decision in enumerate(plan.decisions):
@@ -46,11 +47,14 @@ class _Writer:
         self.graph = graph
         self.pending: dict[int, _Pending] = {}
         self.replaced: dict[fx.Node, fx.Node] = {}
+        self.site = ""
 
     def call(self, name: str, args: tuple[Any, ...]) -> fx.Node:
         """A call of ``styleforge::name``; arguments that were replaced are read from their replacement."""
         op = getattr(torch.ops.styleforge, name).default
-        return self.graph.call_function(op, fx.map_arg(args, lambda node: self.replaced.get(node, node)))
+        made = self.graph.call_function(op, fx.map_arg(args, lambda node: self.replaced.get(node, node)))
+        made.meta["site"] = self.site
+        return made
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let every reader of ``old`` read ``new``."""
@@ -61,6 +65,7 @@ class _Writer:
     def apply(self, index: int, decision: Decision) -> None:
         """Insert one site's op at its anchor, and its finish at its end unless that is deferred."""
         site = decision.site
+        self.site = site.anchor.name
         mean: Any = None
         variance: Any = None
         if site.norm is not None:

@@ -23,6 +23,10 @@ _TAGS = tuple(
 )
 
 
+CUDA: dict[str, Callable[..., Any]] = {}
+"""The CUDA kernel of each op by its name, for callers that have nothing to gain from the dispatcher."""
+
+
 def register(
     schema: str,
     *,
@@ -41,6 +45,7 @@ def register(
     LIBRARY.define(schema, tags=_TAGS)
     LIBRARY.impl(name, cpu, "CPU")
     LIBRARY.impl(name, cuda, "CUDA")
+    CUDA[name] = cuda
     torch.library.register_fake(f"styleforge::{name}", fake, lib=LIBRARY)
     torch.library.register_autograd(
         f"styleforge::{name}", backward, setup_context=setup_context, lib=LIBRARY

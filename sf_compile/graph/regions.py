@@ -1,0 +1,115 @@
+"""Stage 5: fused ops that follow each other become one call.
+
+A *region* is a run of ``styleforge`` ops with nothing between them in the graph's order. It becomes a module
+of the rewritten graph that holds the same ops in a graph of its own, so that whoever runs it sees them all
+at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+OPS = ("conv2d", "normalize", "instance_norm", "instance_statistics")
+"""The ops, of the ``styleforge`` namespace, that a region may hold: those that ``rewrite`` writes."""
+
+
+class Region(nn.Module):
+    """Fused ops run as one: ``inner`` has them one by one, and returns a tuple.
+
+    ``runner`` makes of ``inner`` what is called instead.
+    """
+
+    def __init__(self, inner: fx.GraphModule, runner: Callable[[fx.GraphModule], Callable[..., Any]]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.run = runner(inner)
+
+    def forward(self, *inputs: Any) -> Any:
+        """The tuple that ``inner`` returns for ``inputs``."""
+        return self.run(*inputs)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """For each op the name of its site's anchor, as ``rewrite`` noted it."""
+        return tuple(node.meta["site"] for node in self.inner.graph.nodes if _is_op(node))
+
+    def __str__(self) -> str:
+        return f"{len(self.sites)} ops in one call, of {', '.join(dict.fromkeys(self.sites))}"
+
+
+def group(gm: fx.GraphModule, runner: Callable[[fx.GraphModule], Callable[..., Any]]) -> list[Region]:
+    """Put every run of two ops or more in ``gm`` into a region; returns the regions, in order.
+
+    ``gm`` computes what it did; ``runner`` is what ``Region`` takes.
+    """
+    regions: list[Region] = []
+    for run in _runs(gm.graph):
+        region = Region(_extracted(run), runner)
+        name = f"region_{len(regions)}"
+        gm.add_submodule(name, region)
+        _replace(gm.graph, run, name)
+        regions.append(region)
+    if regions:
+        gm.graph.lint()
+        gm.recompile()
+    return regions
+
+
+def _is_op(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target.name() in {f"styleforge::{op}" for op in OPS}
+
+
+def _runs(graph: fx.Graph) -> list[list[fx.Node]]:
+    """The longest runs of neighbouring ops and of what is taken out of their results; two ops or more."""
+    runs: list[list[fx.Node]] = [[]]
+    for node in graph.nodes:
+        if _is_op(node) or (node.target is getitem and node.args[0] in runs[-1]):
+            runs[-1].append(node)
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if sum(map(_is_op, run)) > 1 and all(map(_is_tensor, _results(run)))]
+
+
+def _results(run: list[fx.Node]) -> list[fx.Node]:
+    """The nodes that something outside of the run reads."""
+    return [node for node in run if any(user not in run for user in node.users)]
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Whether an op or an item taken of one is a single tensor, not several."""
+    return node.target is getitem or len(node.target._schema.returns) == 1  # type: ignore[union-attr]
+
+
+def _inputs(run: list[fx.Node]) -> list[fx.Node]:
+    """The nodes outside of the run that it reads, each once, in the order of reading."""
+    return list(dict.fromkeys(node for reader in run for node in reader.all_input_nodes if node not in run))
+
+
+def _extracted(run: list[fx.Node]) -> fx.GraphModule:
+    """A graph of ``run`` alone."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in _inputs(run)}
+    for node in run:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in _results(run)))
+    graph.lint()
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def _replace(graph: fx.Graph, run: list[fx.Node], name: str) -> None:
+    """Call the submodule ``name`` in the place of ``run``."""
+    with graph.inserting_after(run[-1]):
+        call = graph.call_module(name, tuple(_inputs(run)))
+    with graph.inserting_after(call):
+        for i, node in reversed(list(enumerate(_results(run)))):
+            item = graph.call_function(getitem, (call, i))
+            item.meta.update(node.meta)
+            node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in run)
+    for node in reversed(run):
+        graph.erase_node(node)

@@ -1,0 +1,29 @@
+"""Running a region of the graph, several ops in a row, with little work on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx
+
+
+def runner(inner: fx.GraphModule) -> Callable[..., Any]:
+    """What computes ``inner``, a graph of ``styleforge`` ops with a tuple of tensors as its result.
+
+    On a GPU its kernels are launched anew for a call like an earlier one, where that is all there is to do
+    (``sf_compile.cuda.repeated``); elsewhere ``inner`` runs as it is.
+    """
+    on_cuda: Callable[..., Any] | None = None
+
+    def run(*inputs: Any) -> Any:
+        nonlocal on_cuda
+        if not next((x.is_cuda for x in inputs if isinstance(x, Tensor)), False):
+            return inner(*inputs)
+        if on_cuda is None:
+            from sf_compile.cuda.repeated import Repeated
+
+            on_cuda = Repeated(inner)
+        return on_cuda(*inputs)
+
+    return run

@@ -1,0 +1,90 @@
+"""The host side of the fused convolutions, on a stand-in for Hopper: a whole network is a recording."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from stand_in_gpu import StandInGpu, install, stand_in_map
+
+from sf_compile.backend import styleforge
+from sf_compile.cuda import convolution, first_conv, halo_conv, hopper, last_conv, normalization
+from sf_compile.cuda.compiler import KernelKey
+from sf_compile.cuda.launcher import Kernel
+from sf_compile.cuda.repeated import Repeated, _Implementations
+from sf_compile.models import TransformerNet
+
+FAMILY = first_conv, halo_conv, last_conv
+
+
+@pytest.fixture
+def hopper_host(monkeypatch):
+    """The fused convolutions are chosen for CPU tensors, and their launches go nowhere."""
+    gpu = install(monkeypatch)
+    monkeypatch.setattr(StandInGpu, "_work", lambda self, address: None)
+
+    def load(source, entry, constants, index, signature, mode="ordinary"):
+        key = KernelKey(source, tuple(constants.items()), "sm_90a")
+        kernel = Kernel(key, entry, signature, index, gpu, 77, "context", mode)
+        kernel._shared_limit = hopper.SHARED_BYTES
+        return kernel
+
+    def mapped(address, dtype, shape, box, step=1, spread=1):
+        assert address % 16 == 0
+        return stand_in_map(address)
+
+    for module in (*FAMILY, normalization):
+        monkeypatch.setattr(module, "load", load)
+        monkeypatch.setattr(module, "multiprocessors", lambda index: 132)
+        module._kernel.cache_clear()
+    for module in (first_conv, halo_conv):
+        monkeypatch.setattr(module, "channels_last_map", mapped)
+    monkeypatch.setattr(hopper, "refusal", lambda a: None)
+    monkeypatch.setattr(convolution, "_choices", {})
+    monkeypatch.setattr(convolution, "usable_or_warn", lambda: True)
+    yield gpu
+    for module in (*FAMILY, normalization):
+        module._kernel.cache_clear()
+
+
+def caught(model, x):
+    """The region of ``model``, and the inputs that it is called with."""
+    graphs, calls = [], []
+
+    def backend(gm, inputs):
+        forward = styleforge(gm, inputs)
+        graphs.append(forward.__self__)
+        return forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    compiled(x)
+    region = graphs[0].region_0
+    region.register_forward_pre_hook(lambda module, inputs: calls.append(inputs))
+    compiled(x)
+    return region, calls[0]
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (2, 3, 37, 53)])
+def test_a_network_of_fused_convolutions_is_recorded_as_launches(hopper_host, shape, caplog):
+    model = TransformerNet(16, 3).eval().half()
+    with torch.no_grad():
+        region, inputs = caught(model, torch.rand(shape).half())
+        run = Repeated(region.inner)
+        _Implementations(region.inner).run(*inputs)  # packs the weights, as the first call does on a GPU
+        with caplog.at_level(logging.DEBUG, logger="sf_compile.cuda"):
+            results = [run(*inputs) for _ in range(3)]
+    (kind,) = run._kinds.values()
+    assert kind.recording is not None, caplog.text
+    layers = len(region.sites)
+    assert hopper_host.replayed == len(kind.recording.launches) == layers == 12
+    shapes = [(out.shape, out.stride(), out.dtype) for (out,) in results]
+    assert shapes[0] == shapes[1] == shapes[2]
+    # Ping-pong, and a kept tensor for the skip path: far less than every layer's output.
+    total = sum(life.bytes for life in kind.recording.arena.lifetimes)
+    assert kind.recording.arena.bytes < total / 2
+    modes = [launch.kernel.mode for launch in kind.recording.launches]
+    assert modes == ["overlapping"] * layers
+    maps = sum(len(launch.maps) for launch in kind.recording.launches)
+    assert maps >= 4 * (layers - 2)
