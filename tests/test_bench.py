@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -11,26 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_command import run_bench
 
 from sf_compile.bench import instance_norm, network, rows, tables
 from sf_compile.bench.peers import PEERS
 from sf_compile.bench.rows import BenchmarkError
-from sf_compile.bench.work import (
-    Shape,
-)
-from sf_compile.cli import bench, main
+from sf_compile.bench.work import Shape
+from sf_compile.cli import main
 
 CPU = torch.device("cpu")
-
-
-def run_bench(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return bench.run(parser.parse_args([*arguments, "--device", "cpu", "--quick"]))
-
-
-def ignore(line: str) -> None:
-    """Take a progress line."""
 
 
 def test_network_rows_are_complete_and_written_once(
@@ -54,6 +42,8 @@ def test_network_rows_are_complete_and_written_once(
         assert row["back_to_back_ms"] > 0 and row["floor_ms"] > 0 and row["copy_gbps"] > 0
         assert row["error_vs_float64"] < 1e-4
         assert row["peak_mb"] is row["compile_cold_s"] is row["compile_warm_s"] is None
+        assert row["kernels_cold_s"] is row["kernels_warm_s"] is row["checkpoint"] is None
+        assert (row["network_width"], row["blocks"]) == (32, 5)
         assert row["run"] == written[0]["run"] and row["torch"] == torch.__version__
     assert "eager-channels-last" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [output]
@@ -64,17 +54,6 @@ def test_network_rows_are_complete_and_written_once(
     assert output.read_bytes() == before
     assert run_bench(*arguments, "--force") == 0
     assert len(json.loads(output.read_text())) == 2
-
-
-def test_the_backend_is_timed_with_its_compile_times(tmp_path: Path) -> None:
-    output = tmp_path / "rows.json"
-    assert run_bench("--sizes", "32x32,32x36", "--peers", "eager,styleforge", "--output", str(output)) == 0
-    eager, styleforge, _, second = json.loads(output.read_text())
-    assert (eager["peer"], styleforge["peer"]) == ("eager", "styleforge")
-    assert styleforge["compile_cold_s"] > 0 and styleforge["compile_warm_s"] > 0
-    assert styleforge["graphs"] is False
-    # The kernels of the first size are still loaded: no cold start can be shown for the second.
-    assert second["compile_cold_s"] is None and second["compile_warm_s"] > 0
 
 
 def wrong(model: torch.nn.Module) -> network.Call:
@@ -186,7 +165,11 @@ def test_the_target_shapes_come_first_and_once() -> None:
             ("--suite", "instance_norm", "--peers", "eager-graph"),
             "suite instance_norm has no peer 'eager-graph'",
         ),
-        (("--suite", "instance_norm", "--hot", "1"), "--hot belongs to suite network"),
+        (("--suite", "instance_norm", "--hot", "1"), "--hot belongs to suite network and layers"),
+        (("--suite", "instance_norm", "--blocks", "1"), "--blocks belongs to suite network"),
+        (("--suite", "instance_norm", "--checkpoint", "a.pth"), "--checkpoint belongs to suite network"),
+        (("--checkpoint", "absent.pth"), "absent.pth: No such file"),
+        (("--checkpoint", "a.pth", "--width", "8"), "leave out --width and --blocks"),
         (("--output", "absent/rows.json"), "the folder of absent/rows.json does not exist"),
     ],
 )
@@ -212,6 +195,8 @@ def test_an_unusable_device_is_refused(device: str, capsys: pytest.CaptureFixtur
         ("--dtypes", "float32,fp16", "'fp16' is not a dtype; choose from float32, float16, bfloat16"),
         ("--seconds", "-1", "'-1' is not a positive number"),
         ("--hot", "nan", "'nan' is not a positive number"),
+        ("--width", "0", "'0' is not a whole number from 1 to 999"),
+        ("--blocks", "1.5", "'1.5' is not a whole number from 1 to 999"),
     ],
 )
 def test_a_bad_option_value_is_explained(
@@ -276,7 +261,8 @@ def test_a_row_that_json_cannot_hold_leaves_no_file(tmp_path: Path) -> None:
 def test_table_compares_with_styleforge_in_a_graph_first() -> None:
     def row(peer: str, graphs: bool, median: float) -> rows.Row:
         return dict.fromkeys(rows.NETWORK_KEYS) | {
-            **{"network": "transformer_net", "batch": 1, "height": 8, "width": 8, "dtype": "float16"},
+            **{"network": "transformer_net", "network_width": 32, "blocks": 5, "dtype": "float16"},
+            **{"batch": 1, "height": 8, "width": 8},
             **{"condition": "cool", "layout": "contiguous", "peer": peer, "graphs": graphs},
             **{"median_ms": median, "floor_ms": 0.5, "ceiling_tflops": 600.0},
         }
@@ -285,7 +271,7 @@ def test_table_compares_with_styleforge_in_a_graph_first() -> None:
         [row("eager", False, 8.0), row("styleforge", False, 2.0), row("styleforge", True, 1.0)]
     )
     title, _, _, eager, plain, graph = text.splitlines()
-    assert title == "transformer_net 1x8x8 float16, cool; floor 0.500 ms at 600 TFLOP/s"
+    assert title == "transformer_net (width 32, 5 blocks) 1x8x8 float16, cool; floor 0.500 ms at 600 TFLOP/s"
     assert "8.00" in eager.split() and "6.2%" in eager.split()
     assert "2.00" in plain.split() and "25.0%" in plain.split()
     assert "1.00" in graph.split() and "50.0%" in graph.split()
@@ -294,10 +280,8 @@ def test_table_compares_with_styleforge_in_a_graph_first() -> None:
 @pytest.mark.gpu
 def test_graphs_and_peak_memory_on_a_gpu(tmp_path: Path) -> None:
     output = tmp_path / "rows.json"
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    arguments = ["--sizes", "64x64", "--peers", "eager,eager-graph", "--quick", "--device", "cuda"]
-    assert bench.run(parser.parse_args([*arguments, "--dtypes", "float16", "--output", str(output)])) == 0
+    arguments = ("--sizes", "64x64", "--peers", "eager,eager-graph", "--dtypes", "float16")
+    assert run_bench(*arguments, "--output", str(output), device="cuda") == 0
     eager, graph = json.loads(output.read_text())
     assert (eager["graphs"], graph["graphs"]) == (False, True)
     assert eager["peak_mb"] > 0 and graph["peak_mb"] > 0
@@ -308,20 +292,8 @@ def test_graphs_and_peak_memory_on_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_instance_norm_on_a_gpu(tmp_path: Path) -> None:
     output = tmp_path / "rows.json"
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    arguments = [
-        "--suite",
-        "instance_norm",
-        "--sizes",
-        "64x64",
-        "--peers",
-        "eager",
-        "--quick",
-        "--device",
-        "cuda",
-    ]
-    assert bench.run(parser.parse_args([*arguments, "--dtypes", "float16", "--output", str(output)])) == 0
+    arguments = ("--suite", "instance_norm", "--sizes", "64x64", "--peers", "eager", "--dtypes", "float16")
+    assert run_bench(*arguments, "--output", str(output), device="cuda") == 0
     written = json.loads(output.read_text())
     assert len(written) == 18
     assert all(0 < row["share_of_copy"] < 1.5 for row in written)

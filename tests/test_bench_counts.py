@@ -190,4 +190,7 @@ def test_only_a_right_result_passes(peer: str, error: float, eager_error: float,
         check_error(peer, error, eager_error, "here")
 
 
-# the command
+def test_slack_is_added_to_the_limit() -> None:
+    check_error("styleforge", 1.3e-3, 1e-3, "here", slack=1e-4)
+    with pytest.raises(BenchmarkError, match="here: "):
+        check_error("styleforge", 1.4e-3, 1e-3, "here", slack=1e-4)

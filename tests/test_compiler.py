@@ -133,6 +133,19 @@ def test_second_process_reads_the_cache(csrc, nvrtc_runs):
 
 
 @needs_nvrtc
+def test_forgotten_kernel_is_read_from_the_cache(csrc, nvrtc_runs, monkeypatch):
+    first = compiler.compile_kernel(key())
+    other = compiler.compile_kernel(key(2))
+    reads = []
+    get = cache.DiskCache.get
+    monkeypatch.setattr(cache.DiskCache, "get", lambda *of: reads.append(of) or get(*of))
+    compiler.forget(key())
+    assert compiler.compile_kernel(key()) == first
+    assert compiler.compile_kernel(key(2)) == other
+    assert len(reads) == 1 and nvrtc_runs == [key(), key(2)]
+
+
+@needs_nvrtc
 @pytest.mark.parametrize(
     "damage",
     [lambda data: b"", lambda data: data[:20], lambda data: data[:-1],

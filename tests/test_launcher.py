@@ -294,6 +294,18 @@ def test_load_is_a_lookup_after_the_first_call(csrc, monkeypatch):
 
 
 @pytest.mark.gpu
+def test_reload_takes_the_cubin_from_the_disk_and_changes_nothing(csrc, monkeypatch):
+    first = load_affine()
+    monkeypatch.setattr(compiler, "_run_nvrtc", None)
+    again = launcher.reload(first)
+    assert again is not first and load_affine() is first
+    assert 0 < again.load_seconds < first.load_seconds
+    x, y = torch.randn(300, device="cuda"), torch.empty(300, device="cuda")
+    launch_affine(again, y, x, 2.0, 1.0)
+    torch.testing.assert_close(y, 2 * x + 1)
+
+
+@pytest.mark.gpu
 def test_unknown_entry_names_the_kernel(csrc):
     with pytest.raises(KernelLaunchError, match=r"absent \(affine\.cu\[BLOCK=256\].*CUDA_ERROR_NOT_FOUND"):
         launcher.load("affine.cu", "absent", {"BLOCK": 256}, 0, "P")

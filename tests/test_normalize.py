@@ -28,9 +28,10 @@ def checked(build: Any) -> tuple[fx.GraphModule, fx.GraphModule, Any]:
     normalized = normalize(gm, inputs)
     assert before == (gm.code, str(gm.graph), [dict(node.meta) for node in gm.graph.nodes])
     ours, theirs = [x.clone() for x in inputs], [x.clone() for x in inputs]
-    torch.testing.assert_close(normalized.module(*ours), gm(*theirs), rtol=0, atol=0)
+    copy = normalized.as_module()
+    torch.testing.assert_close(copy(*ours), gm(*theirs), rtol=0, atol=0)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)  # in-place operations that were kept
-    return gm, normalized.module, normalized
+    return gm, copy, normalized
 
 
 def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -300,7 +301,7 @@ def test_graph_without_values_is_copied_as_it_is():
     gm, _ = hand(function(torch.conv2d, "x", "w", "v"))
     normalized = normalize(gm)
     assert normalized.canonical == frozenset() and str(normalized.graph) == str(gm.graph)
-    assert normalized.module is not gm and normalized.graph is not gm.graph
+    assert normalized.as_module() is not gm and normalized.graph is not gm.graph
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -59,7 +59,7 @@ def assert_finished(rewritten: Rewritten) -> None:
     assert all(step.node not in nodes for site in analysis.matches.sites for step in site.steps)
     again = analyse(module, rewritten.inputs, Options())
     assert again.matches.sites == () and again.plan.decisions == ()
-    code = again.normalized.module.code
+    code = again.normalized.as_module().code
     assert rewrite(again.normalized, again.plan).code == code == module.code
 
 
@@ -236,3 +236,14 @@ def test_nodes_outside_the_sites_are_untouched():
     assert_equal(compiled(x), model(x))
     others = [t for t in targets(made[0].module.graph) if "styleforge" not in str(t) and t is not getitem]
     assert others[0] == "sigmoid" and torch.tanh in others and "flatten" in others
+
+
+def test_code_is_generated_once(monkeypatch):
+    compiled, made = fuse(Net(block))
+    compiled(torch.randn(SHAPE))
+    times = []
+    recompile = fx.GraphModule.recompile
+    monkeypatch.setattr(fx.GraphModule, "recompile", lambda self: times.append(self) or recompile(self))
+    analysis = analyse(made[0].gm, made[0].inputs, Options())
+    assert analysis.plan.decisions and not times
+    assert rewrite(analysis.normalized, analysis.plan) is times[0] and len(times) == 1

@@ -6,6 +6,11 @@ lives, and they serve every size: its cold time is taken at the first size of a 
 `compile_warm_s` is the first call of a second compilation after ``torch._dynamo.reset()``, with the
 folder as the cold one left it, in the same process. It is taken for styleforge only, because Inductor's
 would double minutes.
+
+`kernels_cold_s` is the part of the cold call in which styleforge's kernels were compiled and loaded;
+`kernels_warm_s` is how long loading the same kernels again takes from the cubins that the cold call left. The
+second compilation finds them loaded, so a process that starts with full caches takes `compile_warm_s` and
+`kernels_warm_s` together.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +29,18 @@ from torch import Tensor, nn
 
 from sf_compile.bench.peers import Peer
 from sf_compile.bench.timing import Call, CapturedCall, first_call_seconds, peak_mebibytes
+from sf_compile.cuda import launcher
 
 
 @dataclass(frozen=True)
 class Built:
-    """A callable network with what its compilation took in seconds; None where it did not compile."""
+    """A callable network with what its compilation took in seconds; None where it was not measured."""
 
     call: Call
     compile_cold_s: float | None = None
     compile_warm_s: float | None = None
+    kernels_cold_s: float | None = None
+    kernels_warm_s: float | None = None
 
 
 def build(peer: Peer, model: nn.Module, example: Tensor, caches: Path, *, first_size: bool) -> Built:
@@ -50,14 +58,26 @@ def build(peer: Peer, model: nn.Module, example: Tensor, caches: Path, *, first_
         call(example)
         return Built(call)
     with _cache_folder(Path(tempfile.mkdtemp(dir=caches))):
+        before = set(launcher.loaded())
         call = peer.build(model)
         cold = first_call_seconds(call, example)
         if peer.row_name != "styleforge":
             return Built(call, cold)
+        kernels = [kernel for kernel in launcher.loaded() if kernel not in before]
         torch._dynamo.reset()
         call = peer.build(model)
         warm = first_call_seconds(call, example)
-        return Built(call, cold if first_size else None, warm)
+        if not first_size:
+            return Built(call, None, warm)
+        return Built(call, cold, warm, *_kernel_seconds(kernels))
+
+
+def _kernel_seconds(kernels: Sequence[launcher.Kernel]) -> tuple[float | None, float | None]:
+    """Return what loading `kernels` took, and takes from the disk cache; None for both without any."""
+    if not kernels:
+        return None, None
+    cold = sum(kernel.load_seconds for kernel in kernels)
+    return cold, sum(launcher.reload(kernel).load_seconds for kernel in kernels)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,7 @@
 """Suite ``instance_norm``: one fused operation against the bytes it must move.
 
-Device time only: a GPU call is captured into a CUDA graph of many calls, and a time is that of a
-replay divided by the number of calls. The calls rotate over input sets that together are several times
-the L2 cache, and keep as many results alive, so that every call finds its input in device memory and not
-in the cache. The copy that `share_of_copy` refers to is ``Tensor.copy_`` of a tensor of the same shape,
+Device time only, from device memory and not from the cache: see :mod:`sf_compile.bench.replays`. The copy
+that `share_of_copy` refers to is ``Tensor.copy_`` of a tensor of the same shape,
 dtype and layout, captured and timed in the same way and in the same rounds.
 
 `bytes` are what must be moved (:func:`sf_compile.bench.work.instance_norm_bytes`), not what a peer
@@ -12,12 +10,10 @@ moves; `gbps` is that over its time.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch._dynamo
@@ -26,6 +22,7 @@ from torch import Tensor
 
 from sf_compile.bench.checks import check_output, relative_error
 from sf_compile.bench.peers import PEERS
+from sf_compile.bench.replays import calls_in_replay, l2_bytes, repeated, rotating_sets
 from sf_compile.bench.rows import BenchmarkError, Keep, Log, Row, dtype_name, environment_of, forget, rounded
 from sf_compile.bench.timing import Budget, interleaved
 from sf_compile.bench.work import Shape, Size, instance_norm_bytes, parse_sizes, transformer_net_norm_shapes
@@ -36,8 +33,6 @@ CPU_SIZES = parse_sizes("128x128,256x256")
 TARGET_SHAPES = (Shape(1, 32, 1080, 1920), Shape(8, 128, 128, 128))
 EPS = 1e-5
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-# A replay this long hides its own launch.
-BYTES_PER_REPLAY = 4_000_000_000
 
 
 @dataclass(frozen=True)
@@ -204,10 +199,8 @@ def _run_case(case: Case, peers: Sequence[str], device: torch.device, budget: Bu
     residual = case.variant.residual
     tensor = math.prod(case.shape) * size
     on_gpu = device.type == "cuda"
-    l2 = torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else 0
-    sets = _operands(case, device, max(1, min(64, math.ceil(4 * l2 / (tensor * (3 if residual else 2))))))
-    # Whole rotations, enough of them for a replay of about a millisecond.
-    calls = len(sets) * (max(1, min(256, BYTES_PER_REPLAY // (2 * tensor)) // len(sets)) if on_gpu else 1)
+    sets = _operands(case, device, rotating_sets(tensor * (3 if residual else 2), device))
+    calls = calls_in_replay(len(sets), 2 * tensor, device)
 
     operations = {name: OPERATIONS[name](case) for name in peers}
     reference = _reference(case, sets[0])
@@ -220,14 +213,14 @@ def _run_case(case: Case, peers: Sequence[str], device: torch.device, budget: Bu
 
     pool = torch.cuda.graph_pool_handle() if on_gpu else None
     targets = [torch.empty_like(one.input) for one in sets]
-    copy = _repeated(lambda number: targets[number].copy_(sets[number].input), len(sets), calls, pool)
-    runs = {name: _repeated(_numbered(one, sets), len(sets), calls, pool) for name, one in operations.items()}
+    copy = repeated(lambda number: targets[number].copy_(sets[number].input), len(sets), calls, pool)
+    runs = {name: repeated(_numbered(one, sets), len(sets), calls, pool) for name, one in operations.items()}
     every = {"copy": copy, **runs}
     samples = interleaved(every, {name: [sets[0].input] for name in every}, budget)
 
     layout = case.layout == "channels_last"
     moved = instance_norm_bytes(
-        case.shape, element_size=size, channels_last=layout, residual=residual, l2_bytes=l2
+        case.shape, element_size=size, channels_last=layout, residual=residual, l2_bytes=l2_bytes(device)
     )
     copy_gbps = 2 * tensor * calls / samples["copy"].percentile(50) / 1e6
     rows: list[Row] = []
@@ -285,29 +278,3 @@ def _reference(case: Case, operands: Operands) -> Tensor:
 def _numbered(operation: Operation, sets: Sequence[Operands]) -> Callable[[int], Tensor]:
     """Return the operation as a function of the number of its input set."""
     return lambda number: operation(sets[number])
-
-
-def _repeated(one: Callable[[int], Tensor], sets: int, calls: int, pool: Any) -> Callable[[Tensor], None]:
-    """Return `calls` calls, rotating over `sets` input sets, as one; a CUDA graph where `pool` is given.
-
-    The last `sets` results stay alive during the capture, so the allocator cannot hand each call the memory
-    that the call before it has just left in the cache. Graphs of one pool share that memory: their results
-    are never read.
-    """
-
-    def all_calls() -> None:
-        kept: collections.deque[Tensor] = collections.deque(maxlen=sets)
-        for number in range(calls):
-            kept.append(one(number % sets))
-
-    if pool is None:
-        return lambda _: all_calls()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        one(0)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        all_calls()
-    return lambda _: graph.replay()

@@ -1,8 +1,8 @@
-"""Suite ``network``: TransformerNet, end to end, by every peer.
+"""Suite ``network``: TransformerNet, or the network in a checkpoint, end to end, by every peer.
 
 For each size and dtype: build all peers, compare each with a float64 run of the same weights and
-input, time them interleaved, free everything. Weights are random with a fixed seed and cast to the
-dtype; inputs are uniform in 0..255, as pictures are, and rotate. All peers run under
+input, time them interleaved, free everything. Weights are the checkpoint's, or random with a fixed seed,
+cast to the dtype; inputs are uniform in 0..255, as pictures are, and rotate. All peers run under
 ``torch.no_grad()``.
 """
 
@@ -19,21 +19,73 @@ from pathlib import Path
 import torch
 import torch._dynamo
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sf_compile.bench.building import Built, build, ready
 from sf_compile.bench.ceilings import Ceilings, measure_ceilings
-from sf_compile.bench.checks import check_output, relative_error
+from sf_compile.bench.checks import check_output, check_sizes, relative_error
 from sf_compile.bench.peers import PEERS, Build, Peer
 from sf_compile.bench.rows import BenchmarkError, Keep, Log, Row, dtype_name, environment_of, forget, rounded
 from sf_compile.bench.timing import Budget, Call, Sample, interleaved, sustained
 from sf_compile.bench.work import Size, parse_sizes, transformer_net_flop
-from sf_compile.models import MIN_SIDE, TransformerNet
+from sf_compile.models import CheckpointError, TensorFlowTransformNet, TransformerNet, load_checkpoint
 
 GPU_SIZES = parse_sizes("512x512,1080x1920,2160x3840,8x512x512")
 CPU_SIZES = parse_sizes("128x128,256x256")
-WIDTH, BLOCKS = 32, 5
 SEED = 0
 ROTATING_INPUTS = 4
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The network that is timed.
+
+    Attributes:
+        model: in eval mode on the CPU, float32; nothing changes it.
+        checkpoint: the name, without its folder, of the file that its weights come from; None for random
+            ones.
+    """
+
+    model: TransformerNet | TensorFlowTransformNet
+    checkpoint: str | None = None
+
+    @classmethod
+    def random(cls, width: int = 32, blocks: int = 5) -> Subject:
+        """Make a TransformerNet with `width` channels in its first layer and random weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            return cls(TransformerNet(width=width, blocks=blocks).eval())
+
+    @classmethod
+    def trained(cls, path: Path) -> Subject:
+        """Load the network in a checkpoint file.
+
+        Raises:
+            BenchmarkError: there is none, or it is damaged or foreign.
+        """
+        try:
+            return cls(load_checkpoint(path), path.name)
+        except CheckpointError as error:
+            raise BenchmarkError(str(error)) from error
+
+    def row(self) -> Row:
+        """Return the fields of a row that say which network it is."""
+        transformer_net = isinstance(self.model, TransformerNet)
+        return {
+            "network": "transformer_net" if transformer_net else "tf_transform_net",
+            "network_width": self.model.width,
+            "blocks": self.model.blocks,
+            "checkpoint": self.checkpoint,
+        }
+
+    def flop(self, size: Size) -> int:
+        """Operations of the convolutions, each in the form that needs the fewest."""
+        if isinstance(self.model, TransformerNet):
+            return transformer_net_flop(size, width=self.model.width, blocks=self.model.blocks)
+        # A transposed convolution needs no other form: it multiplies every tap with every input pixel once.
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            copy.deepcopy(self.model).to("meta")(torch.empty(size.batch, 3, *size[1:], device="meta"))
+        return counter.get_total_flops()
 
 
 @dataclass(frozen=True)
@@ -73,6 +125,7 @@ def run_network(
     peers: Sequence[Peer],
     device: torch.device,
     *,
+    subject: Subject,
     budget: Budget,
     hot: float = 0.0,
     quick: bool = False,
@@ -86,6 +139,7 @@ def run_network(
         dtypes: floating dtypes of weights and input.
         peers: what to compare, in the order of the rows.
         device: a CUDA device or the CPU.
+        subject: the network.
         budget: how long to measure each.
         hot: seconds of uninterrupted load for an additional row per peer; 0 for none.
         quick: measure the ceilings on small operands.
@@ -95,11 +149,7 @@ def run_network(
     Raises:
         BenchmarkError: a picture is too small for the network, or a peer's output is wrong.
     """
-    for size in sizes:
-        if min(size.height, size.width) < MIN_SIDE:
-            raise BenchmarkError(
-                f"{size} is too small: TransformerNet needs sides of at least {MIN_SIDE} pixels"
-            )
+    check_sizes(sizes)
     environment = environment_of(device)
     rows: list[Row] = []
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -117,12 +167,15 @@ def run_network(
             for dtype in dtypes:
                 where = f"{size} {dtype_name(dtype)}"
                 log(f"{where}: building {len(peers)} peers")
-                runners = _runners(size, dtype, peers, device, Path(caches), size == sizes[0], where, log)
+                runners = _runners(
+                    subject.model, size, dtype, peers, device, Path(caches), size == sizes[0], where, log
+                )
                 common = {
                     **vars(environment),
-                    "network": "transformer_net",
+                    **subject.row(),
                     **size._asdict(),
                     "dtype": dtype_name(dtype),
+                    "floor_ms": rounded(subject.flop(size) / ceilings.tflops[dtype_name(dtype)] / 1e9),
                 }
                 rows += _time(runners, size, dtype, ceilings, budget, hot, common, log)
                 keep(rows)
@@ -132,6 +185,7 @@ def run_network(
 
 
 def _runners(
+    network: nn.Module,
     size: Size,
     dtype: torch.dtype,
     peers: Sequence[Peer],
@@ -142,9 +196,9 @@ def _runners(
     log: Log,
 ) -> list[Runner]:
     """Build and check `peers`; in their order."""
+    model = copy.deepcopy(network).to(device, dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = TransformerNet(width=WIDTH, blocks=BLOCKS).eval().to(device, dtype)
         pictures = [
             (torch.rand(size.batch, 3, *size[1:]) * 255).to(device, dtype) for _ in range(ROTATING_INPUTS)
         ]
@@ -191,12 +245,9 @@ def _time(
     log: Log,
 ) -> list[Row]:
     """Time the runners cool, then hot where asked, and return their rows."""
-    ceiling = ceilings.tflops[dtype_name(dtype)]
-    floor = transformer_net_flop(size, width=WIDTH, blocks=BLOCKS) / ceiling / 1e9
     common = {
         **common,
-        "floor_ms": rounded(floor),
-        "ceiling_tflops": rounded(ceiling),
+        "ceiling_tflops": rounded(ceilings.tflops[dtype_name(dtype)]),
         "copy_gbps": rounded(ceilings.copy_gbps),
     }
     cool = interleaved(
@@ -228,6 +279,8 @@ def _row(runner: Runner, sample: Sample, condition: str, dtype: torch.dtype, com
         "peak_mb": rounded(runner.peak_mb),
         "compile_cold_s": rounded(runner.built.compile_cold_s),
         "compile_warm_s": rounded(runner.built.compile_warm_s),
+        "kernels_cold_s": rounded(runner.built.kernels_cold_s),
+        "kernels_warm_s": rounded(runner.built.kernels_warm_s),
         "error_vs_float64": rounded(runner.error),
     }
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import subprocess
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,22 @@ import torch
 ENVIRONMENT_KEYS = ("run", "date", "device", "gpu", "driver", "torch", "cuda", "commit")
 NETWORK_KEYS = (
     *ENVIRONMENT_KEYS,
-    *("network", "batch", "height", "width", "dtype", "peer", "graphs", "layout", "condition"),
-    *("median_ms", "p20_ms", "p80_ms", "back_to_back_ms", "peak_mb", "compile_cold_s", "compile_warm_s"),
+    *("network", "network_width", "blocks", "checkpoint", "batch", "height", "width", "dtype"),
+    *("peer", "graphs", "layout", "condition"),
+    *("median_ms", "p20_ms", "p80_ms", "back_to_back_ms", "peak_mb"),
+    *("compile_cold_s", "compile_warm_s", "kernels_cold_s", "kernels_warm_s"),
     *("floor_ms", "ceiling_tflops", "copy_gbps", "error_vs_float64"),
 )
 INSTANCE_NORM_KEYS = (
     *ENVIRONMENT_KEYS,
     *("op", "shape", "layout", "dtype", "variant", "peer", "condition"),
     *("median_us", "p20_us", "p80_us", "bytes", "gbps", "copy_gbps", "share_of_copy", "error_vs_float64"),
+)
+LAYER_KEYS = (
+    *ENVIRONMENT_KEYS,
+    *("layer", "size", "shape", "layout", "dtype", "peer", "condition"),
+    *("median_us", "p20_us", "p80_us", "arithmetic", "flops", "tflops", "bytes"),
+    *("ceiling_tflops", "share_of_ceiling", "copy_gbps", "error_vs_float64"),
 )
 
 _DRIVER_QUERY = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -113,7 +122,7 @@ def check_output(path: Path, *, force: bool) -> None:
     if not path.absolute().parent.is_dir():
         raise BenchmarkError(f"the folder of {path} does not exist: create it first")
     if path.is_dir():
-        raise BenchmarkError(f"{path} is a folder: --output takes the name of a file")
+        raise BenchmarkError(f"{path} is a folder: name a file")
     if path.exists() and not force:
         raise BenchmarkError(f"{path} exists: choose another name, or pass --force to replace it")
 
@@ -127,11 +136,17 @@ def write_rows(path: Path, rows: Sequence[Row], *, force: bool) -> None:
     """
     check_output(path, force=force)
     text = "[\n" + ",\n".join("  " + json.dumps(row, allow_nan=False) for row in rows) + "\n]\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to write, which takes the place of `path` in one step if nothing is raised."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:

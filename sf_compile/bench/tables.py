@@ -32,7 +32,7 @@ def network_table(rows: Sequence[Row]) -> str:
     is slower; without a styleforge row it is over eager's. ``of floor`` is the floor over the median.
     """
     header = ("peer", "graphs", "layout", "median ms", "p20", "p80", "back to back", "x", "of floor",
-              "peak MiB", "cold s", "warm s", "error")  # fmt: skip
+              "peak MiB", "cold s", "warm s", "kernels cold s", "kernels warm s", "error")  # fmt: skip
     tables = []
     for (size, dtype, condition), group in _grouped(rows).items():
         base = _baseline(group)
@@ -50,16 +50,24 @@ def network_table(rows: Sequence[Row]) -> str:
                 cell(row["peak_mb"], ".0f"),
                 cell(row["compile_cold_s"], ".2f"),
                 cell(row["compile_warm_s"], ".2f"),
+                cell(row["kernels_cold_s"], ".2f"),
+                cell(row["kernels_warm_s"], ".2f"),
                 cell(row["error_vs_float64"], ".1e"),
             )
             for row in group
         ]
         floor = group[0]["floor_ms"]
-        title = f"{group[0]['network']} {size} {dtype}, {condition}"
+        title = f"{_network(group[0])} {size} {dtype}, {condition}"
         if floor is not None:
             title += f"; floor {floor:.3f} ms at {group[0]['ceiling_tflops']:.4g} TFLOP/s"
         tables.append(title + "\n" + format_table(header, lines))
     return "\n\n".join(tables)
+
+
+def _network(row: Row) -> str:
+    """Say which network a row is about."""
+    weights = "" if row["checkpoint"] is None else f" of {row['checkpoint']}"
+    return f"{row['network']} (width {row['network_width']}, {row['blocks']} blocks){weights}"
 
 
 def _grouped(rows: Sequence[Row]) -> Mapping[tuple[str, str, str], list[Row]]:
@@ -104,3 +112,28 @@ def instance_norm_table(rows: Sequence[Row]) -> str:
 def _case(row: Row) -> tuple[str, str, str, str]:
     """Return what instance-norm rows must share for a ratio to be taken."""
     return row["shape"], row["layout"], row["dtype"], row["variant"]
+
+
+def layers_table(rows: Sequence[Row]) -> str:
+    """Return the rows of suite layers as text; ``x cudnn`` is a time over cuDNN's."""
+    header = ("layer", "size", "dtype", "condition", "peer", "median us", "TFLOP/s", "of ceiling", "x cudnn",
+              "error")  # fmt: skip
+    bare = {_layer(row): row["median_us"] for row in rows if row["peer"] == "cudnn"}
+    lines = [
+        (
+            *_layer(row),
+            row["peer"],
+            cell(row["median_us"], ".2f"),
+            cell(row["tflops"], ".4g"),
+            f"{row['share_of_ceiling']:.1%}",
+            "-" if _layer(row) not in bare else f"{row['median_us'] / bare[_layer(row)]:.2f}",
+            cell(row["error_vs_float64"], ".1e"),
+        )
+        for row in rows
+    ]
+    return format_table(header, lines)
+
+
+def _layer(row: Row) -> tuple[str, str, str, str]:
+    """Return what rows of suite layers must share for a ratio to be taken."""
+    return row["layer"], row["size"], row["dtype"], row["condition"]

@@ -6,8 +6,9 @@ divided by a rate that :mod:`sf_compile.bench.ceilings` measured in the same run
 
 from __future__ import annotations
 
+import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # A multiprocessor of Hopper has 228 KB of shared memory; 200 KB leaves room for the rest.
 PLANE_ON_CHIP_BYTES = 200_000
@@ -60,49 +61,112 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
     return tuple(dict.fromkeys(sizes))
 
 
-def transformer_net_flop(size: Size, *, width: int = 32, blocks: int = 5, subpixel: bool = True) -> int:
-    """Floating-point operations of the sixteen-convolution TransformerNet, a multiply and an add as two.
+class Layer(NamedTuple):
+    """One convolution of TransformerNet, with what is fused on its way in and out.
 
-    Counts the convolutions only: 9x9 3 -> width, 3x3 stride 2 width -> 2 width -> 4 width, `blocks`
-    residual blocks of two 3x3 at 4 width, two 3x3 after a nearest x2 upsampling 4 width -> 2 width ->
-    width, 9x9 width -> 3. The stride-2 convolutions pad by 1, so they round an odd size up.
-
-    Args:
-        size: the batch of input pictures.
-        width: channels after the first convolution.
-        blocks: residual blocks.
-        subpixel: count a 3x3 convolution after a nearest x2 upsampling as the four 2x2 convolutions on
-            the small image that it equals (4/9 of the operations), not as written.
+    Attributes:
+        name: what it is called in rows; layers of one name differ in nothing.
+        input: its input before upsampling and padding.
+        out_channels: channels of its output.
+        kernel: rows and columns of its kernel; it pads by half of that.
+        stride: 1 or 2.
+        upsample: 1, or 2 for a nearest x2 upsampling first.
+        norm: its input is raw, and normalised on the way in.
+        relu: a ReLU follows that norm.
+        residual: a tensor of the input's shape is added after both.
+        keep: the finished input is written too, for the next addition.
+        statistics: the output is raw: its mean and variance are taken, and it has no bias.
     """
-    half_h, half_w = (size.height + 1) // 2, (size.width + 1) // 2
-    quarter_h, quarter_w = (half_h + 1) // 2, (half_w + 1) // 2
-    full, half, quarter = size.height * size.width, half_h * half_w, quarter_h * quarter_w
-    upsampled_half, upsampled_full = 4 * quarter, 16 * quarter
-    taps = 4 if subpixel else 9
-    multiplies = (
-        81 * 3 * width * full
-        + 9 * width * 2 * width * half
-        + 9 * 2 * width * 4 * width * quarter
-        + blocks * 2 * 9 * 4 * width * 4 * width * quarter
-        + taps * 4 * width * 2 * width * upsampled_half
-        + taps * 2 * width * width * upsampled_full
-        + 81 * width * 3 * upsampled_full
-    )
-    return 2 * multiplies * size.batch
+
+    name: str
+    input: Shape
+    out_channels: int
+    kernel: int
+    stride: int = 1
+    upsample: int = 1
+    norm: bool = True
+    relu: bool = True
+    residual: bool = False
+    keep: bool = False
+    statistics: bool = True
+
+    @property
+    def padded(self) -> Shape:
+        """The input of the bare convolution: upsampled and padded."""
+        n, c, h, w = self.input
+        border = 2 * (self.kernel // 2)
+        return Shape(n, c, self.upsample * h + border, self.upsample * w + border)
+
+    @property
+    def output(self) -> Shape:
+        """The output."""
+        n, _, h, w = self.padded
+        return Shape(
+            n, self.out_channels, (h - self.kernel) // self.stride + 1, (w - self.kernel) // self.stride + 1
+        )
+
+    def flop(self, *, subpixel: bool) -> int:
+        """Floating-point operations of the convolution, a multiply and an add as two.
+
+        `subpixel` counts a 3x3 convolution after a nearest x2 upsampling as the four 2x2 convolutions on
+        the small image that it equals (4/9 of the operations), not as written.
+        """
+        taps = 4 if subpixel and self.upsample == 2 else self.kernel**2
+        return 2 * taps * self.input.c * math.prod(self.output)
+
+    def fused_bytes(self, element_size: int) -> int:
+        """Bytes that the fused layer must move: operands and results once each; vectors are left out."""
+        pictures = 1 + int(self.residual) + int(self.keep)
+        return element_size * (pictures * math.prod(self.input) + math.prod(self.output) + self._weights)
+
+    def bare_bytes(self, element_size: int) -> int:
+        """Bytes that the convolution of an upsampled and padded input must move."""
+        return element_size * (math.prod(self.padded) + math.prod(self.output) + self._weights)
+
+    @property
+    def _weights(self) -> int:
+        return self.out_channels * self.input.c * self.kernel**2
+
+
+def transformer_net_layers(size: Size, *, width: int = 32, blocks: int = 5) -> tuple[Layer, ...]:
+    """Return the convolutions of TransformerNet in the order in which they run on pictures of `size`.
+
+    9x9 3 -> width, 3x3 stride 2 width -> 2 width -> 4 width, `blocks` residual blocks of two 3x3 at 4 width,
+    two 3x3 after a nearest x2 upsampling 4 width -> 2 width -> width, 9x9 width -> 3. A stride of 2 rounds an
+    odd size up. What a layer applies on the way in is what the layer before it left to do.
+    """
+    layers = [Layer("first", Shape(size.batch, 3, size.height, size.width), width, 9, norm=False, relu=False)]
+
+    def then(name: str, out_channels: int, kernel: int = 3, **rest: Any) -> None:
+        layers.append(Layer(name, layers[-1].output, out_channels, kernel, **rest))
+
+    then("down1", 2 * width, stride=2)
+    then("down2", 4 * width, stride=2)
+    for block in range(blocks):
+        if block == 0:
+            then("residual+keep", 4 * width, keep=True)
+        else:
+            then("residual+add+keep", 4 * width, relu=False, residual=True, keep=True)
+        then("residual", 4 * width)
+    if blocks:
+        then("up1+add", 2 * width, upsample=2, relu=False, residual=True)
+    else:
+        then("up1", 2 * width, upsample=2)
+    then("up2", width, upsample=2)
+    then("last", 3, 9, statistics=False)
+    return tuple(layers)
+
+
+def transformer_net_flop(size: Size, *, width: int = 32, blocks: int = 5, subpixel: bool = True) -> int:
+    """Floating-point operations of TransformerNet's convolutions; `subpixel` as in :meth:`Layer.flop`."""
+    layers = transformer_net_layers(size, width=width, blocks=blocks)
+    return sum(layer.flop(subpixel=subpixel) for layer in layers)
 
 
 def transformer_net_norm_shapes(size: Size, *, width: int = 32) -> tuple[Shape, ...]:
     """Return the distinct shapes that TransformerNet's instance norms see for pictures of `size`."""
-    half_h, half_w = (size.height + 1) // 2, (size.width + 1) // 2
-    quarter_h, quarter_w = (half_h + 1) // 2, (half_w + 1) // 2
-    shapes = (
-        Shape(size.batch, width, size.height, size.width),
-        Shape(size.batch, 2 * width, half_h, half_w),
-        Shape(size.batch, 4 * width, quarter_h, quarter_w),
-        Shape(size.batch, 2 * width, 2 * quarter_h, 2 * quarter_w),
-        Shape(size.batch, width, 4 * quarter_h, 4 * quarter_w),
-    )
-    return tuple(dict.fromkeys(shapes))
+    layers = transformer_net_layers(size, width=width)
+    return tuple(dict.fromkeys(layer.output for layer in layers if layer.statistics))
 
 
 def instance_norm_bytes(

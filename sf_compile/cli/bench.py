@@ -1,4 +1,4 @@
-"""``styleforge bench``: time this backend and its peers in one run."""
+"""``styleforge bench``: time this backend and its peers in one run, or plot the rows of earlier ones."""
 
 from __future__ import annotations
 
@@ -6,40 +6,61 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sf_compile.bench.work import Size, parse_sizes
+
+if TYPE_CHECKING:
+    import torch
+
+    from sf_compile.bench.rows import Keep, Row
+    from sf_compile.bench.timing import Budget
 
 DESCRIPTION = "time this backend, eager and Inductor in one run, checked against float64 first"
 
 DTYPES = ("float32", "float16", "bfloat16")
+# Of a suite: on a CPU, on a GPU.
+DEFAULT_DTYPES = {
+    "network": (("float32",), ("float32", "float16")),
+    "layers": (("float32",), ("float16",)),
+    "instance_norm": (("float32",), ("float32", "float16")),
+}
+OPTION_SUITES = {
+    "variants": ("instance_norm",),
+    "hot": ("network", "layers"),
+    "width": ("network",),
+    "blocks": ("network",),
+    "checkpoint": ("network",),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``styleforge bench`` to `parser`."""
     parser.add_argument(
         "--suite",
-        choices=("network", "instance_norm"),
+        choices=tuple(DEFAULT_DTYPES),
         default="network",
-        help="network: TransformerNet end to end; instance_norm: the fused operation on the shapes that "
-        "TransformerNet gives it (default: network)",
+        help="network: TransformerNet end to end; layers: each of its convolutions beside cuDNN's; "
+        "instance_norm: the fused operation on the shapes that TransformerNet gives it (default: network)",
     )
     parser.add_argument(
         "--sizes",
         type=_sizes,
         help="pictures as HEIGHTxWIDTH or BATCHxHEIGHTxWIDTH, separated by commas, for example "
-        "512x512,8x1080x1920 (default: 512x512, 1080x1920, 2160x3840 and batch 8; 128x128,256x256 on a CPU)",
+        "512x512,8x1080x1920 (default: 512x512, 1080x1920, 2160x3840 and more; small ones on a CPU)",
     )
     parser.add_argument(
         "--dtypes",
         type=_dtypes,
-        help=f"of {', '.join(DTYPES)}, separated by commas (default: float32,float16; float32 on a CPU)",
+        help=f"of {', '.join(DTYPES)}, separated by commas (default: float32,float16; float16 for layers; "
+        "float32 on a CPU)",
     )
     parser.add_argument(
         "--peers",
         type=lambda text: tuple(name.strip() for name in text.split(",")),
         help="of eager, eager-channels-last, eager-graph, inductor, inductor-reduce-overhead, "
         "inductor-max-autotune, styleforge, styleforge-graph, separated by commas; for suite instance_norm "
-        "of eager, inductor, styleforge (default: all that run here)",
+        "of eager, inductor, styleforge; for suite layers of styleforge, cudnn (default: all that run here)",
     )
     parser.add_argument(
         "--variants",
@@ -47,15 +68,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what follows the norm (suite instance_norm): of plain, relu, relu+residual; by commas "
         "(default: all)",
     )
+    parser.add_argument(
+        "--width",
+        type=_count,
+        help="channels of the network's first layer, of which the others are multiples (suite network; "
+        "default: 32)",
+    )
+    parser.add_argument("--blocks", type=_count, help="residual blocks (suite network; default: 5)")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="time the network in this file, with its weights (suite network)",
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
     parser.add_argument(
-        "--seconds", type=_positive, help="time to measure each peer (default: 1; 0.1 for instance_norm)"
+        "--seconds", type=_positive, help="time to measure each peer (default: 1; 0.1 but for network)"
     )
     parser.add_argument(
         "--hot",
         type=_positive,
         metavar="SECONDS",
-        help="also load the device with each peer for that long, for rows with condition hot (network only)",
+        help="also load the device with each peer for that long, for rows with condition hot "
+        "(suites network and layers)",
     )
     parser.add_argument("--quick", action="store_true", help="measure as briefly as possible: a smoke test")
     parser.add_argument(
@@ -65,6 +100,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the rows to this file, as each size is done",
     )
     parser.add_argument("--force", action="store_true", help="replace the output file if it exists")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="measure nothing: draw a roofline plot of the rows of suite layers in ROWS.json",
+    )
+    parser.add_argument("rows", nargs="*", type=Path, metavar="ROWS.json", help="files to --plot")
 
 
 def _sizes(text: str) -> tuple[Size, ...]:
@@ -80,6 +122,13 @@ def _dtypes(text: str) -> tuple[str, ...]:
         if name not in DTYPES:
             raise argparse.ArgumentTypeError(f"{name!r} is not a dtype; choose from {', '.join(DTYPES)}")
     return names
+
+
+def _count(text: str) -> int:
+    # Beyond 999 no network is meant.
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1000):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999")
+    return int(text)
 
 
 def _positive(text: str) -> float:
@@ -114,29 +163,20 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from sf_compile.bench import instance_norm, network, tables
-    from sf_compile.bench.rows import BenchmarkError, Row, check_output, write_rows
-    from sf_compile.bench.timing import Budget
+    from sf_compile.bench import tables
+    from sf_compile.bench.rows import BenchmarkError, check_output, write_rows
     from sf_compile.cli import devices
 
+    if arguments.plot is not None or arguments.rows:
+        return _plot(arguments)
     if arguments.output is not None:
         check_output(arguments.output, force=arguments.force)
-    if arguments.variants and arguments.suite != "instance_norm":
-        raise BenchmarkError("--variants belongs to suite instance_norm")
-    if arguments.hot and arguments.suite != "network":
-        raise BenchmarkError("--hot belongs to suite network")
+    for option, suites in OPTION_SUITES.items():
+        if getattr(arguments, option) is not None and arguments.suite not in suites:
+            raise BenchmarkError(f"--{option} belongs to suite {' and '.join(suites)}")
     device = devices.find(arguments.device)
-    on_gpu = device.type == "cuda"
-    names = arguments.dtypes or (("float32", "float16") if on_gpu else ("float32",))
+    names = arguments.dtypes or DEFAULT_DTYPES[arguments.suite][device.type == "cuda"]
     dtypes = [getattr(torch, name) for name in names]
-    if arguments.quick:
-        budget = Budget.quick()
-    elif arguments.suite == "network":
-        budget = Budget(seconds=arguments.seconds or 1.0)
-    else:
-        # Hundreds of cases, each of them light on power: less of everything.
-        budget = Budget(seconds=arguments.seconds or 0.1, rounds=5, pause=0.02)
-
     written = False
 
     def keep(rows: Sequence[Row]) -> None:
@@ -146,38 +186,101 @@ def _run(arguments: argparse.Namespace) -> int:
             write_rows(arguments.output, rows, force=arguments.force or written)
             written = True
 
-    suite = network if arguments.suite == "network" else instance_norm
-    sizes = arguments.sizes or (suite.GPU_SIZES if on_gpu else suite.CPU_SIZES)
-    if arguments.suite == "network":
-        peers = network.select_peers(arguments.peers, device, _log)
-        rows = network.run_network(
-            sizes,
-            dtypes,
-            peers,
-            device,
-            budget=budget,
-            hot=arguments.hot or 0.0,
-            quick=arguments.quick,
-            log=_log,
-            keep=keep,
-        )
-        table = tables.network_table(rows)
-    else:
-        operations = instance_norm.select_operations(arguments.peers, device, _log)
-        shapes = instance_norm.shapes_of(sizes, target=on_gpu and arguments.sizes is None)
-        rows = instance_norm.run_instance_norm(
-            shapes,
-            dtypes,
-            operations,
-            device,
-            variants=instance_norm.select_variants(arguments.variants),
-            budget=budget,
-            log=_log,
-            keep=keep,
-        )
-        table = tables.instance_norm_table(rows)
-    print(table)
+    suite, table = {
+        "network": (_network, tables.network_table),
+        "layers": (_layers, tables.layers_table),
+        "instance_norm": (_instance_norm, tables.instance_norm_table),
+    }[arguments.suite]
+    print(table(suite(arguments, device, dtypes, keep)))
     return 0
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from sf_compile.bench.roofline import plot, read_rows
+    from sf_compile.bench.rows import BenchmarkError, check_output
+
+    if arguments.plot is None or not arguments.rows:
+        raise BenchmarkError("a plot takes both: styleforge bench --plot FILE.png ROWS.json...")
+    if arguments.plot.suffix != ".png":
+        raise BenchmarkError(f"{arguments.plot} is not the name of a PNG file: end it in .png")
+    check_output(arguments.plot, force=arguments.force)
+    plot(arguments.plot, read_rows(arguments.rows))
+    return 0
+
+
+def _budget(arguments: argparse.Namespace) -> Budget:
+    """How long to measure each peer."""
+    from sf_compile.bench.timing import Budget
+
+    if arguments.quick:
+        return Budget.quick()
+    if arguments.suite == "network":
+        return Budget(seconds=arguments.seconds or 1.0)
+    # Many cases, each of them light on power: less of everything.
+    return Budget(seconds=arguments.seconds or 0.1, rounds=5, pause=0.02)
+
+
+def _network(
+    arguments: argparse.Namespace, device: torch.device, dtypes: Sequence[torch.dtype], keep: Keep
+) -> list[Row]:
+    from sf_compile.bench import network
+    from sf_compile.bench.rows import BenchmarkError
+
+    if arguments.checkpoint is None:
+        subject = network.Subject.random(arguments.width or 32, arguments.blocks or 5)
+    elif arguments.width is None and arguments.blocks is None:
+        subject = network.Subject.trained(arguments.checkpoint)
+    else:
+        raise BenchmarkError("--checkpoint has a width and blocks of its own: leave out --width and --blocks")
+    return network.run_network(
+        arguments.sizes or (network.GPU_SIZES if device.type == "cuda" else network.CPU_SIZES),
+        dtypes,
+        network.select_peers(arguments.peers, device, _log),
+        device,
+        subject=subject,
+        budget=_budget(arguments),
+        hot=arguments.hot or 0.0,
+        quick=arguments.quick,
+        log=_log,
+        keep=keep,
+    )
+
+
+def _layers(
+    arguments: argparse.Namespace, device: torch.device, dtypes: Sequence[torch.dtype], keep: Keep
+) -> list[Row]:
+    from sf_compile.bench import layers
+
+    return layers.run_layers(
+        arguments.sizes or (layers.GPU_SIZES if device.type == "cuda" else layers.CPU_SIZES),
+        dtypes,
+        layers.select_peers(arguments.peers),
+        device,
+        budget=_budget(arguments),
+        hot=arguments.hot or 0.0,
+        quick=arguments.quick,
+        log=_log,
+        keep=keep,
+    )
+
+
+def _instance_norm(
+    arguments: argparse.Namespace, device: torch.device, dtypes: Sequence[torch.dtype], keep: Keep
+) -> list[Row]:
+    from sf_compile.bench import instance_norm
+
+    on_gpu = device.type == "cuda"
+    sizes = arguments.sizes or (instance_norm.GPU_SIZES if on_gpu else instance_norm.CPU_SIZES)
+    return instance_norm.run_instance_norm(
+        instance_norm.shapes_of(sizes, target=on_gpu and arguments.sizes is None),
+        dtypes,
+        instance_norm.select_operations(arguments.peers, device, _log),
+        device,
+        variants=instance_norm.select_variants(arguments.variants),
+        budget=_budget(arguments),
+        log=_log,
+        keep=keep,
+    )
 
 
 def _log(line: str) -> None:

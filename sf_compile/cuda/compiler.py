@@ -185,6 +185,11 @@ def compile_kernel(key: KernelKey) -> bytes:
     return cubin
 
 
+def forget(key: KernelKey) -> None:
+    """Let the next ``compile_kernel`` of ``key`` look into the disk cache, as in a new process."""
+    _memo.pop(key, None)
+
+
 def compile_log(key: KernelKey) -> str:
     """Compile ``key`` without any cache and return NVRTC's log with ptxas' report in it.
 

@@ -50,22 +50,23 @@ class NormalizedGraph:
     """A canonical copy of a graph module, with what the matcher must respect.
 
     Attributes:
-        module: The copy.
+        root: The module that was copied, with the tensors and modules that the copy names too.
+        graph: The copy.
         canonical: The nodes in canonical form; any other node with such a target (``torch.add`` of
             a number, say) means something else.
         barriers: Nodes that write into a tensor or switch a mode, in graph order.
         autocast: Names of the nodes inside an autocast region.
     """
 
-    module: fx.GraphModule
+    root: fx.GraphModule
+    graph: fx.Graph
     canonical: frozenset[fx.Node]
     barriers: tuple[fx.Node, ...]
     autocast: frozenset[str]
 
-    @property
-    def graph(self) -> fx.Graph:
-        """The copy's graph."""
-        return self.module.graph
+    def as_module(self) -> fx.GraphModule:
+        """A module that runs the graph as it is now; generating its code takes longer than the matching."""
+        return fx.GraphModule(self.root, self.graph)
 
 
 def value_of(node: Any) -> Any:
@@ -93,8 +94,7 @@ def normalize(gm: fx.GraphModule, example_inputs: list[Any] | None = None) -> No
     if output is not None:
         value, original_output = output
         graph.output(value).meta.update(original_output.meta)
-    copy = fx.GraphModule(gm, graph)
-    _record_values(copy, example_inputs)
+    _record_values(gm, graph, example_inputs)
     respelled: set[fx.Node] = set()
     for node in list(graph.nodes):
         spelling = canonical(node)
@@ -105,21 +105,20 @@ def normalize(gm: fx.GraphModule, example_inputs: list[Any] | None = None) -> No
         _respell(node, spelling)
         respelled.add(node)
     graph.lint()
-    copy.recompile()
-    return NormalizedGraph(copy, frozenset(respelled), _barriers(graph), _autocast_regions(graph))
+    return NormalizedGraph(gm, graph, frozenset(respelled), _barriers(graph), _autocast_regions(graph))
 
 
-def _record_values(copy: fx.GraphModule, example_inputs: list[Any] | None) -> None:
+def _record_values(root: fx.GraphModule, graph: fx.Graph, example_inputs: list[Any] | None) -> None:
     """Fill in ``example_value`` for graphs that were not made by Dynamo.
 
     Dynamo's own graphs are left alone: they have nodes without a value (mode switches), and running
     one again with symbolic sizes would add guards, or fail on an ``.item()``.
     """
-    calls = [node for node in copy.graph.nodes if node.op in ("call_function", "call_method")]
+    calls = [node for node in graph.nodes if node.op in ("call_function", "call_method")]
     if example_inputs is None or any("example_value" in node.meta for node in calls):
         return
-    FakeTensorProp(copy).propagate(*example_inputs)
-    for node in copy.graph.nodes:
+    FakeTensorProp(fx.GraphModule(root, graph)).propagate(*example_inputs)
+    for node in graph.nodes:
         if "example_value" not in node.meta and "val" in node.meta:
             node.meta["example_value"] = node.meta["val"]
 

@@ -26,10 +26,10 @@ class _Pending:
 
 
 def rewrite(graph: NormalizedGraph, plan: Plan) -> fx.GraphModule:
-    """Replace every planned site in ``graph`` by its ops; returns the same (copied) module.
+    """Replace every planned site in ``graph`` by its ops; returns a module that runs it.
 
-    The graph is valid and runnable after it; nodes outside the sites are untouched. A node that calls one of
-    our ops has the name of its site's anchor in ``meta["site"]``.
+    The graph itself is changed, and valid after it; nodes outside the sites are untouched. A node that calls
+    one of our ops has the name of its site's anchor in ``meta["site"]``.
     """
     writer = _Writer(graph.graph)
     for index, decision in enumerate(plan.decisions):
@@ -38,8 +38,7 @@ def rewrite(graph: NormalizedGraph, plan: Plan) -> fx.GraphModule:
         for step in reversed(decision.site.steps):
             graph.graph.erase_node(step.node)
     graph.graph.lint()
-    graph.module.recompile()
-    return graph.module
+    return graph.as_module()
 
 
 class _Writer:

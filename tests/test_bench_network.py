@@ -1,0 +1,122 @@
+"""``styleforge bench``, suite network: which network is timed, and what its compilation takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from bench_command import run_bench
+
+from sf_compile.bench import building, network
+from sf_compile.bench.peers import PEERS
+from sf_compile.bench.work import Size, transformer_net_flop
+from sf_compile.models import TensorFlowTransformNet
+
+
+def test_the_backend_is_timed_with_its_compile_times(tmp_path: Path) -> None:
+    output = tmp_path / "rows.json"
+    assert run_bench("--sizes", "32x32,32x36", "--peers", "eager,styleforge", "--output", str(output)) == 0
+    eager, styleforge, _, second = json.loads(output.read_text())
+    assert (eager["peer"], styleforge["peer"]) == ("eager", "styleforge")
+    assert styleforge["compile_cold_s"] > 0 and styleforge["compile_warm_s"] > 0
+    assert styleforge["graphs"] is False
+    # The kernels of the first size are still loaded: no cold start can be shown for the second.
+    assert second["compile_cold_s"] is None and second["compile_warm_s"] > 0
+
+
+@dataclasses.dataclass(eq=False)
+class Loaded:
+    """What is asked of a loaded kernel."""
+
+    load_seconds: float
+
+
+@pytest.mark.parametrize(("first_size", "expected"), [(True, (0.5, 0.25)), (False, (None, None))])
+def test_the_kernels_share_of_a_first_call_is_its_own(
+    first_size: bool, expected: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, *made = (Loaded(seconds) for seconds in (9.0, 0.375, 0.125))
+    loaded = [before]
+    reloaded_from: list[str | None] = []
+
+    def backend(model: torch.nn.Module) -> network.Call:
+        def call(value: torch.Tensor) -> torch.Tensor:
+            loaded.extend(kernel for kernel in made if kernel not in loaded)
+            return value
+
+        return call
+
+    def reload(kernel: Loaded) -> Loaded:
+        reloaded_from.append(os.environ.get("STYLEFORGE_CACHE_DIR"))
+        return Loaded(kernel.load_seconds / 2)
+
+    monkeypatch.setattr(building.launcher, "loaded", lambda: tuple(loaded))
+    monkeypatch.setattr(building.launcher, "reload", reload)
+    peer = dataclasses.replace(PEERS["styleforge"], build=backend)
+    built = building.build(peer, torch.nn.Identity(), torch.zeros(1), tmp_path, first_size=first_size)
+    assert (built.kernels_cold_s, built.kernels_warm_s) == expected
+    # From the cubins that the cold call has left.
+    assert all(str(folder).startswith(str(tmp_path)) for folder in reloaded_from)
+    assert len(reloaded_from) == (2 if first_size else 0)
+
+
+def test_width_and_blocks_change_the_network_and_its_floor(tmp_path: Path) -> None:
+    output = tmp_path / "rows.json"
+    peers = "eager,eager-channels-last,styleforge"
+    arguments = ("--sizes", "32x36", "--width", "8", "--blocks", "2", "--peers", peers)
+    assert run_bench(*arguments, "--output", str(output)) == 0
+    written = json.loads(output.read_text())
+    assert [row["peer"] for row in written] == peers.split(",")
+    for row in written:
+        assert (row["network"], row["network_width"], row["blocks"]) == ("transformer_net", 8, 2)
+        assert (row["height"], row["width"]) == (32, 36)
+        flop = transformer_net_flop(Size(1, 32, 36), width=8, blocks=2)
+        assert row["floor_ms"] * row["ceiling_tflops"] * 1e9 == pytest.approx(flop, rel=1e-3)
+
+
+def test_a_checkpoint_is_timed_with_its_own_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = TensorFlowTransformNet(width=4, blocks=1)
+    path, output = tmp_path / "tf4.pt", tmp_path / "rows.json"
+    torch.save(trained.state_dict(), path)
+    timed: list[torch.Tensor] = []
+
+    def build(model: torch.nn.Module) -> network.Call:
+        timed.append(model.c1.conv.weight)
+        return model
+
+    monkeypatch.setitem(PEERS, "eager", dataclasses.replace(PEERS["eager"], build=build))
+    arguments = ("--checkpoint", str(path), "--sizes", "16x20", "--peers", "eager", "--output", str(output))
+    assert run_bench(*arguments) == 0
+    assert torch.equal(timed[0], trained.c1.conv.weight)
+    (row,) = json.loads(output.read_text())
+    assert (row["network"], row["network_width"], row["blocks"]) == ("tf_transform_net", 4, 1)
+    assert row["checkpoint"] == "tf4.pt" and str(tmp_path) not in output.read_text()
+    assert "tf_transform_net (width 4, 1 blocks) of tf4.pt 1x16x20" in capsys.readouterr().out
+    assert row["floor_ms"] * row["ceiling_tflops"] * 1e9 == pytest.approx(
+        network.Subject(trained).flop(Size(1, 16, 20)), rel=1e-3
+    )
+
+
+def test_the_operations_of_a_transposed_convolution_are_counted() -> None:
+    executed = 0
+
+    def count(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        nonlocal executed
+        # A convolution takes its weights to every output pixel, a transposed one to every input pixel.
+        pixels = output if isinstance(module, torch.nn.Conv2d) else inputs[0]
+        executed += 2 * module.weight.numel() * pixels[:, 0].numel()
+
+    model = TensorFlowTransformNet(width=4, blocks=1).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        model(torch.rand(2, 3, 17, 20))
+    expected, executed = executed, 0
+    assert network.Subject(model).flop(Size(2, 17, 20)) == expected > 0
