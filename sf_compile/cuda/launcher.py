@@ -78,8 +78,8 @@ class Kernel:
     """One kernel loaded on one device; made by ``load``.
 
     ``key`` is what it was compiled from, ``entry`` its name in the source, ``signature`` its parameters,
-    ``function`` the driver's handle, ``mode`` how it is launched (see ``load``), ``load_seconds`` the time that
-    finding or compiling its cubin and loading it took.
+    ``function`` the driver's handle, ``mode`` how it is launched (see ``load``), ``load_seconds`` the time
+    that finding or compiling its cubin and loading it took.
     """
 
     def __init__(
