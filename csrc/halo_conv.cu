@@ -42,8 +42,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   const u32 raw = barriers, full = raw + 8 * SLOTS, empty = full + 8 * SLOTS, weights_full = empty + 8 * SLOTS;
   const u32 order = weights_full + 8 * DEPTH;
   const int group = threadIdx.x >> 7, thread = threadIdx.x & 127, lane = threadIdx.x & 31, warp = thread >> 5;
-  const int row_block = blockIdx.x % ROW_BLOCKS, first = blockIdx.x / ROW_BLOCKS, step = gridDim.x / ROW_BLOCKS;
-  const int all_tiles = images * tiles_per_image, tiles = (all_tiles - first + step - 1) / step, total = tiles * DEPTH;
+  const int row_block = blockIdx.x % ROW_BLOCKS, worker = blockIdx.x / ROW_BLOCKS, workers = gridDim.x / ROW_BLOCKS;
+  // Of one picture, tiles in turn with the other blocks: halos that neighbours share are in L2. Of several, a range of
+  // tiles: another image has another norm, and statistics of its own to add up.
+  const i64 all_tiles = images * tiles_per_image;
+  const int first = images > 1 ? (int)(all_tiles * worker / workers) : worker, step = images > 1 ? 1 : workers;
+  const int end = (int)(images > 1 ? all_tiles * (worker + 1) / workers : all_tiles);
+  const int tiles = (end - first + step - 1) / step, total = tiles * DEPTH;
   // Where this row block's taps start in the source.
   const int parity = row_block * 64 / PHASE_ROWS;
   const int origin_y = (SUBPIXEL && !SHARED_Y ? parity >> 1 : 0) - top,
@@ -228,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     auto flush = [&]() {
       const i64 before = (i64)image * OUT_CHANNELS;
       if (image >= 0)
-        statistics.flush(workspace, first % COPIES, (i64)images * OUT_CHANNELS, before + channel, 8,
+        statistics.flush(workspace, worker % COPIES, (i64)images * OUT_CHANNELS, before + channel, 8,
                          before + OUT_CHANNELS, 1.0 / ((double)out_height * out_width));
     };
 #pragma unroll 1
