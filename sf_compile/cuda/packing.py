@@ -61,6 +61,15 @@ def packed(weight: Tensor, form: str, pack: Callable[[Tensor], Tensor]) -> Packe
             if observing.recorder is not None:
                 observing.recorder.uses(kept.weight)
             return Packed(kept.weight, True)
+        with torch.inference_mode(False):  # what is kept will be written again, in whatever mode
+            return _renewed(weight, form, pack, kept, forms)
+
+
+def _renewed(
+    weight: Tensor, form: str, pack: Callable[[Tensor], Tensor], kept: _Kept | None, forms: dict[str, _Kept]
+) -> Packed:
+    """A copy packed anew, in the place of the one that is kept."""
+    with torch.no_grad():
         copy = pack(weight.detach())
         if weight.is_cuda:
             with torch.cuda.device(weight.device):

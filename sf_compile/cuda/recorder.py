@@ -59,6 +59,7 @@ class Recorder(TorchDispatchMode):
         allocations: The memory allocated, in order. It is not kept alive: of two that share an address, the
             later one is meant by what comes after it.
         constants: Tensors of other calls that the kernels read or meet in (packed weights, workspaces).
+        versions: How often each of those had been written; 0 for one that has no version.
         foreign: The first operation that is neither; None where there was none.
     """
 
@@ -67,6 +68,7 @@ class Recorder(TorchDispatchMode):
         self.launches: list[Launch] = []
         self.allocations: list[Allocation] = []
         self.constants: list[Tensor] = []
+        self.versions: list[int] = []
         self.foreign: str | None = None
 
     def __enter__(self) -> Recorder:
@@ -100,6 +102,7 @@ class Recorder(TorchDispatchMode):
     def uses(self, constant: Tensor) -> None:
         """Note memory that outlives the call, and stays where it is while the tensor is alive."""
         self.constants.append(constant)
+        self.versions.append(version(constant))
 
 
 class _Observing(threading.local):
@@ -108,6 +111,11 @@ class _Observing(threading.local):
 
 observing = _Observing()
 """``observing.recorder`` is the calling thread's recorder, or None."""
+
+
+def version(x: Tensor) -> int:
+    """How often PyTorch has written ``x``; 0 for an inference tensor, where it does not count."""
+    return 0 if x.is_inference() else x._version
 
 
 def extent(x: Tensor) -> int:

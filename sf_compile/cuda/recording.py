@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sf_compile.cuda.arena import Arena, Lifetime, plan
 from sf_compile.cuda.launcher import Kernel
-from sf_compile.cuda.recorder import Allocation, Recorder, extent
+from sf_compile.cuda.recorder import Allocation, Recorder, extent, version
 from sf_compile.cuda.tensor_maps import TensorMap
 
 
@@ -75,6 +75,7 @@ class Recording:
         outputs: The tensors to allocate.
         returned: What the call returns: numbers of outputs.
         constants: Memory that the launches use where it is, kept alive.
+        versions: How often each of those had been written.
     """
 
     bases: int
@@ -83,6 +84,11 @@ class Recording:
     outputs: tuple[Output, ...]
     returned: tuple[int, ...]
     constants: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    def holds(self) -> bool:
+        """Whether nothing was written to the constants since: packed weights are renewed where they are."""
+        return tuple(map(version, self.constants)) == self.versions
 
 
 class _Range(NamedTuple):
@@ -157,7 +163,8 @@ def resolve(
         launches.append(BoundLaunch(*launch[:5], tuple(pointers), tuple(maps)))
     made = [Output(*recorder.allocations[index][2:]) for index in outputs]
     bases = 1 + len(moving) + len(outputs)
-    return Recording(bases, tuple(launches), arena, tuple(made), returned, tuple(recorder.constants))
+    constants, versions = tuple(recorder.constants), tuple(recorder.versions)
+    return Recording(bases, tuple(launches), arena, tuple(made), returned, constants, versions)
 
 
 class _Addresses:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from sf_compile.cuda.recorder import Recorder
 from sf_compile.cuda.recording import NotReplayable, Recording, resolve
@@ -53,6 +55,8 @@ class _Kind:
         self.versions = list(map(_version, parameters))
         self.references = [weakref.ref(p, forget) for p in parameters]
         self.attempts = 0
+        self.prepared = False  # the first call has returned
+        self.recording_now = threading.Lock()
         self.recording: Recording | None = None
         self.threads = threading.local()
 
@@ -62,6 +66,7 @@ class _Kind:
             list(map(id, parameters)) == self.identities
             and list(map(_address, parameters)) == self.addresses
             and list(map(_version, parameters)) == self.versions
+            and (self.recording is None or self.recording.holds())
         )
 
 
@@ -110,6 +115,8 @@ class Repeated:
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors + parameters):
             return self._inner(*inputs)
         device = (tensors or parameters)[0].device
+        if any(x.device != device for x in tensors):
+            return self._inner(*inputs)
         if torch._C._cuda_getDevice() != device.index:
             with torch.cuda.device(device.index):
                 return self(*inputs)
@@ -123,23 +130,31 @@ class Repeated:
         kind = self._kind(key, parameters)
         if kind is None or kind.attempts >= _MOST_ATTEMPTS:
             return self._inner(*inputs)
+        if not kind.prepared:
+            results = self._inner(*inputs)
+            kind.prepared = True
+            return results
         if kind.recording is None:
-            return self._record(kind, inputs, tensors, parameters)
+            if not kind.recording_now.acquire(blocking=False):
+                return self._inner(*inputs)
+            try:
+                return self._record(kind, inputs, tensors, parameters)
+            finally:
+                kind.recording_now.release()
         return _replay(kind, kind.recording, stream, tensors, device)
 
     def _kind(self, key: tuple[Any, ...], parameters: Sequence[Tensor]) -> _Kind | None:
-        """What is known of calls like this one; None of the first of its kind, which is noted."""
+        """What is known of calls like this one; None where nothing can be."""
         with self._lock:
             kind = self._kinds.get(key)
-            if kind is not None and kind.holds_for(parameters):
-                self._kinds.move_to_end(key)
-                return kind
-            if not any(map(Tensor.is_inference, parameters)):  # those have no version, and are packed anew
-                self._kinds[key] = _Kind(parameters, _Forget(self, key))
-                self._kinds.move_to_end(key)
+            if kind is None or not kind.holds_for(parameters):
+                if any(map(Tensor.is_inference, parameters)):  # those have no version, and are packed anew
+                    return None
+                kind = self._kinds[key] = _Kind(parameters, _Forget(self, key))
                 while len(self._kinds) > _MOST_KINDS:
                     self._kinds.popitem(last=False)
-            return None
+            self._kinds.move_to_end(key)
+            return kind
 
     def forget(self, key: tuple[Any, ...]) -> None:
         """Drop what is known of the calls of one kind: a parameter of theirs is gone."""
@@ -195,7 +210,7 @@ class _Forget:
 
 def _positions(types: Sequence[type]) -> _Positions | None:
     """The inputs by what they are; None where one is neither a plain tensor, a parameter nor a number."""
-    kinds = (torch.nn.Parameter,), (Tensor,), _NUMBERS
+    kinds: tuple[tuple[type, ...], ...] = (torch.nn.Parameter,), (Tensor,), _NUMBERS
     found = [[i for i, one in enumerate(types) if one in kind] for kind in kinds]
     known = sum(map(len, found)) == len(types) and bool(found[0] or found[1])
     return _Positions(*found) if known else None
@@ -212,9 +227,14 @@ def _watched() -> bool:
     """Whether a mode, a transform or a tracer of PyTorch wants to see each operation."""
     return bool(
         torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or (torch._C._len_torch_function_stack() and not _only_a_default_device())
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
     )
+
+
+def _only_a_default_device() -> bool:
+    """Whether the modes that see functions are those of ``torch.set_default_device``: no matter of ours."""
+    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())

@@ -116,6 +116,7 @@ class Replay:
     def _write(self, bases: Sequence[int]) -> None:
         for number, (base, before) in enumerate(zip(bases, self._bases, strict=True)):
             if base != before:
+                self._bases[number] = None  # neither, should this be interrupted
                 for values, index, offset in self._pointers[number]:
                     values[index] = base + offset
                 for at, encode, offset in self._maps[number]:
