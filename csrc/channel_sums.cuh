@@ -12,12 +12,14 @@
 
 // Blocks add to one of several copies of the totals: additions to one address are done one after another, and
 // those of a warp to neighbouring addresses together.
+#ifndef COPIES
 #define COPIES 8
+#endif
 
 // Zero before the first launch. After the tickets: the whole numbers and the fractions of the mean, then of the mean
 // square, of every (image, channel), COPIES times; then how many shares of it were not finite.
 struct SumsWorkspace {
-  u32 tickets, unused[3];
+  u32 tickets, arrivals, unused[2];  // arrivals: of blocks that wait for each other (csrc/residual_trunk.cu)
   u64 totals[1];
 
   DEVICE u64* at(i64 channels, int copy, int part, i64 channel) { return totals + (copy * 4 + part) * channels + channel; }
@@ -82,10 +84,31 @@ struct QuadSums {
 // Before other blocks' writes are read, and after one's own that they will read.
 DEVICE void gpu_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
-// Called by `threads` threads of every block, after their last add_share: `thread` counts them from 0 and
-// `barrier` is a hardware barrier of theirs. The last block writes mean and variance of `channels` entries.
-DEVICE void finish_sums(SumsWorkspace* workspace, int channels, float* mean, float* variance, int thread, int threads,
-                        int barrier) {
+// Mean and variance of (image, channel) number `channel` of `channels`, when every block has added its shares.
+DEVICE void load_total(SumsWorkspace* workspace, i64 channels, i64 channel, float& mean, float& variance) {
+  // Written by other blocks of this launch: not to be taken from this SM's L1.
+  const bool finite = __ldcg(workspace->not_finite(channels, channel)) == 0;
+  u64 total[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int copy = 0; copy < COPIES; copy++)
+#pragma unroll
+    for (int part = 0; part < 4; part++) total[part] += __ldcg(workspace->at(channels, copy, part, channel));
+  const double m = (double)(i64)total[0] + (double)total[1] / FRACTION_UNITS;
+  const double v = (double)(i64)total[2] + (double)total[3] / FRACTION_UNITS - m * m;
+  mean = finite ? (float)m : __int_as_float(0x7fffffff);
+  variance = finite ? (float)fmax(v, 0.0) : __int_as_float(0x7fffffff);
+}
+
+// As it was before anything was added.
+DEVICE void clear_total(SumsWorkspace* workspace, i64 channels, i64 channel) {
+#pragma unroll
+  for (int part = 0; part < 4 * COPIES; part++) *workspace->at(channels, 0, part, channel) = 0;
+  *workspace->not_finite(channels, channel) = 0;
+}
+
+// Called by `threads` threads of every block, after their last add_share: whether their block is the last to do so, and
+// sees what all have added. `thread` counts them from 0 and `barrier` is a hardware barrier of theirs.
+DEVICE bool is_last_block(SumsWorkspace* workspace, int thread, int threads, int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
   u32 last = 0;
   if (thread == 0) {
@@ -97,25 +120,16 @@ DEVICE void finish_sums(SumsWorkspace* workspace, int channels, float* mean, flo
       : "+r"(last)
       : "r"(barrier), "r"(threads)
       : "memory");
-  if (!last) return;
-  gpu_fence();
+  if (last) gpu_fence();
+  return last;
+}
+
+// Likewise; the last block writes mean and variance of `channels` entries.
+DEVICE void finish_sums(SumsWorkspace* workspace, int channels, float* mean, float* variance, int thread, int threads,
+                        int barrier) {
+  if (!is_last_block(workspace, thread, threads, barrier)) return;
   for (int i = thread; i < channels; i += threads) {
-    u64 total[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int copy = 0; copy < COPIES; copy++)
-#pragma unroll
-      for (int part = 0; part < 4; part++) {
-        // Written by other blocks of this launch: not to be taken from this SM's L1.
-        u64* from = workspace->at(channels, copy, part, i);
-        total[part] += __ldcg(from);
-        *from = 0;
-      }
-    u64* bad = workspace->not_finite(channels, i);
-    const bool finite = __ldcg(bad) == 0;
-    *bad = 0;
-    const double m = (double)(i64)total[0] + (double)total[1] / FRACTION_UNITS;
-    const double v = (double)(i64)total[2] + (double)total[3] / FRACTION_UNITS - m * m;
-    mean[i] = finite ? (float)m : __int_as_float(0x7fffffff);
-    variance[i] = finite ? (float)fmax(v, 0.0) : __int_as_float(0x7fffffff);
+    load_total(workspace, channels, i, mean[i], variance[i]);
+    clear_total(workspace, channels, i);
   }
 }

@@ -141,6 +141,16 @@ DEVICE void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
                : "memory");
 }
 
+// Load such matrices, transposed: what store_transposed stores from the same addresses.
+DEVICE uint4 load_transposed(u32 address) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
 // A block's warpgroups are launched with equal shares of the registers. One that needs fewer gives some back, for
 // others to take; what is left of the launch's share must cover it, or the block waits forever.
 template <int kRegisters> DEVICE void give_registers_back() {
@@ -171,6 +181,10 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
 }
 // Wait for `threads` threads of the block that use the hardware barrier `id` (1 to 15).
 DEVICE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Count as one of the `threads` without waiting for them.
+DEVICE void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 // Before the tensor cores or the copy engine read what this thread stored to shared memory.
 DEVICE void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

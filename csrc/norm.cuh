@@ -8,6 +8,11 @@ struct Affine {
   DEVICE float operator()(float x) const { return fmaf(x, scale, shift); }
 };
 
+DEVICE Affine affine_of(float mean, float variance, float eps, float weight, float bias) {
+  const float scale = inverse_sqrt(variance + eps) * weight;
+  return {scale, fmaf(-mean, scale, bias)};
+}
+
 struct Norm {
   const float *mean, *variance;  // (N, C), or (C) where image_stride is 0
   const parameter *weight, *bias;
@@ -20,7 +25,6 @@ struct Norm {
     const float m = mean[image * image_stride + channel], v = variance[image * image_stride + channel];
     const float w = weight ? to_float<PARAMETER>(weight[channel]) : 1.f;
     const float b = bias ? to_float<PARAMETER>(bias[channel]) : 0.f;
-    const float scale = inverse_sqrt(v + eps) * w;
-    return {scale, fmaf(-m, scale, b)};
+    return affine_of(m, v, eps, w, b);
   }
 };

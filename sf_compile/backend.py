@@ -1,6 +1,6 @@
 """``torch.compile(model, backend="styleforge")``: the one file that knows the order of the stages.
 
-    Dynamo's graph -> normalize -> match -> plan -> rewrite -> regions -> the fallback compiler
+    Dynamo's graph -> normalize -> match -> plan -> rewrite -> trunks -> regions -> the fallback compiler
 
 PyTorch finds ``styleforge`` below through the entry point group ``torch_dynamo_backends``. Nothing
 in a model that the matcher does not understand is touched; a graph with nothing to fuse is handed
@@ -22,6 +22,7 @@ from sf_compile.graph.normalize import NormalizedGraph, normalize
 from sf_compile.graph.plan import Plan, plan
 from sf_compile.graph.regions import Region, group
 from sf_compile.graph.rewrite import rewrite
+from sf_compile.graph.trunks import join
 from sf_compile.options import Options
 
 log = logging.getLogger(__name__)
@@ -59,13 +60,16 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], options: Option
 def rewritten_graph(analysis: Analysis, options: Options) -> tuple[fx.GraphModule, list[Region]]:
     """The graph that replaces Dynamo's, made of the copy in ``analysis``, and its regions.
 
-    Regions are for the graph that runs as it is: a compiler wants to see the ops themselves.
+    Trunks and regions are for the graph that runs as it is: a compiler wants to see the ops themselves.
     """
     import sf_compile.ops  # noqa: F401  registers the ops that rewrite calls by name
     from sf_compile.ops.region import runner
 
     rewritten = rewrite(analysis.normalized, analysis.plan)
-    return rewritten, group(rewritten, runner) if options.fallback == "eager" else []
+    if options.fallback != "eager":
+        return rewritten, []
+    join(rewritten)
+    return rewritten, group(rewritten, runner)
 
 
 def _fallback(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Any:

@@ -86,6 +86,9 @@ class StandInGpu:
         self._work(address)
         return (0,)
 
+    def cuLaunchCooperativeKernel(self, *arguments):
+        return self.cuLaunchKernel(*arguments, 0)
+
     def _submit(self, config, function, address, extra):
         found = replay.LaunchConfig.from_address(config)
         attributes = [(a.identifier, a.value[0]) for a in found.attributes[: found.attribute_count]]

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sf_compile"
-STAGES = ("normalize", "match", "plan", "rewrite", "regions")
+STAGES = ("normalize", "match", "plan", "rewrite", "trunks", "regions")
 IMPORT_MS = 50
 
 

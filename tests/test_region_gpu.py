@@ -10,9 +10,12 @@ import pytest
 import torch
 from cases import replay_side_by_side
 
-from sf_compile.backend import styleforge
+from sf_compile.backend import analyse, styleforge
 from sf_compile.cuda import repeated
+from sf_compile.graph.rewrite import rewrite
+from sf_compile.graph.trunks import join
 from sf_compile.models import TransformerNet
+from sf_compile.options import Options
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,7 +53,14 @@ def fused(model):
 
 def one_by_one(model):
     """The same ops, without regions."""
-    return torch.compile(model, backend=styleforge, options={"fallback": lambda gm, inputs: gm.forward})
+
+    def backend(gm, inputs):
+        analysis = analyse(gm, inputs, Options())
+        module = rewrite(analysis.normalized, analysis.plan)
+        join(module)
+        return module.forward
+
+    return torch.compile(model, backend=backend)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 37, 53), (1, 3, 64, 64), (1, 3, 100, 200), (2, 3, 40, 48)])

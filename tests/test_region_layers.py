@@ -9,13 +9,21 @@ import torch
 from stand_in_gpu import StandInGpu, install, stand_in_map
 
 from sf_compile.backend import styleforge
-from sf_compile.cuda import convolution, first_conv, halo_conv, hopper, last_conv, normalization
+from sf_compile.cuda import (
+    convolution,
+    first_conv,
+    halo_conv,
+    hopper,
+    last_conv,
+    normalization,
+    residual_trunk,
+)
 from sf_compile.cuda.compiler import KernelKey
 from sf_compile.cuda.launcher import Kernel
 from sf_compile.cuda.repeated import Repeated, _Implementations
 from sf_compile.models import TransformerNet
 
-FAMILY = first_conv, halo_conv, last_conv
+FAMILY = first_conv, halo_conv, last_conv, residual_trunk
 
 
 @pytest.fixture
@@ -46,6 +54,12 @@ def hopper_host(monkeypatch):
     yield gpu
     for module in (*FAMILY, normalization):
         module._kernel.cache_clear()
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """The trunk's kernel takes CPU tensors too."""
+    monkeypatch.setattr(hopper, "runs_on", lambda x: x.dtype in hopper.SIXTEEN_BIT)
 
 
 def caught(model, x):
@@ -88,3 +102,41 @@ def test_a_network_of_fused_convolutions_is_recorded_as_launches(hopper_host, sh
     assert modes == ["overlapping"] * layers
     maps = sum(len(launch.maps) for launch in kind.recording.launches)
     assert maps >= 4 * (layers - 2)
+
+
+def test_a_network_is_recorded_with_its_trunk_as_one_launch(hopper_host, on_hopper, caplog):
+    model = TransformerNet(16, 3).eval().half()
+    with torch.no_grad():
+        region, inputs = caught(model, torch.rand(1, 3, 64, 64).half())
+        run = Repeated(region.inner)
+        _Implementations(region.inner).run(*inputs)
+        with caplog.at_level(logging.DEBUG, logger="sf_compile.cuda"):
+            for _ in range(3):
+                run(*inputs)
+    (kind,) = run._kinds.values()
+    assert kind.recording is not None, caplog.text
+    launches = kind.recording.launches
+    modes = [launch.kernel.mode for launch in launches]
+    assert modes == [*["overlapping"] * 3, "cooperative", *["overlapping"] * 3]
+    assert hopper_host.replayed == 7 and [(2, 1)] in [config[4] for config in hopper_host.configs]
+    trunk = launches[3]
+    assert (trunk.grid, trunk.block) == ((2, 1, 1), 256)
+    table = trunk.arguments[0].addresses
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    assert len(table) == 6 + 2 * 5 and sum(address in own for address in table) == 2 * 5
+    # x and its statistics, what the blocks exchange, four results; weights and meeting place stay.
+    assert len(trunk.pointers) == 3 + 1 + 4
+
+
+def test_norms_that_move_make_a_trunk_unfit_for_replays(hopper_host, on_hopper, caplog):
+    model = TransformerNet(16, 2).eval().half()
+    with torch.no_grad():
+        region, inputs = caught(model, torch.rand(1, 3, 64, 64).half())
+        run = Repeated(region.inner)
+        norm = model.res1.in1.weight
+        moving = [x.detach().clone() if x is norm else x for x in inputs]
+        assert any(x is norm for x in inputs)
+        with caplog.at_level(logging.DEBUG, logger="sf_compile.cuda"):
+            for _ in range(3):
+                run(*moving)
+    assert "takes a table of addresses that may change" in caplog.text and hopper_host.replayed == 0

@@ -36,11 +36,12 @@ def test_a_transformer_net_is_one_region():
         gm, regions = regions_of(model, x)
     (region,) = regions
     assert len(region.sites) == len(set(region.sites)) == 16
-    assert sum("styleforge.conv2d" in call for call in calls(region.inner.graph)) == 16
+    assert sum("styleforge.conv2d" in call for call in calls(region.inner.graph)) == 6
+    assert sum("styleforge.residual_trunk" in call for call in calls(region.inner.graph)) == 1
     assert calls(gm.graph)[0] == "region_0" and len(calls(gm.graph)) == 2  # and what is taken of the tuple
     assert gm.region_0 is region
     sites = ", ".join(region.sites)
-    assert str(region) == f"16 ops in one call, of {sites}" and sites.startswith("conv2d, conv2d_1, ")
+    assert str(region) == f"7 ops in one call, of {sites}" and sites.startswith("conv2d, conv2d_1, ")
 
 
 def two_runs(m: Net, x: torch.Tensor) -> torch.Tensor:
@@ -102,7 +103,7 @@ def test_a_region_whose_tuple_is_read_elsewhere_stays_as_it_is():
     inputs = graph.placeholder("x")
     for _ in range(2):
         statistics = graph.call_function(torch.ops.styleforge.instance_statistics.default, (inputs,))
-        statistics.meta["site"] = "norm"
+        statistics.meta["sites"] = ("norm",)
     graph.output(statistics)
     gm = fx.GraphModule(nn.Module(), graph)
     wanted = gm(x)

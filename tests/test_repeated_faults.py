@@ -119,7 +119,7 @@ class Watching(torch.overrides.TorchFunctionMode):
 def test_other_modes_that_see_functions_are_one(gpu):
     weight, run = nn.Parameter(whole(SHAPE)), one_step()
     with torch.device("cpu"), Watching():
-        assert repeated._watched()
+        assert repeated.watched()
         recorded(run, weight)
     assert gpu.replayed == 0
 

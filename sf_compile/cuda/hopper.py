@@ -34,6 +34,12 @@ def _is_hopper(index: int) -> bool:
     return torch.cuda.get_device_capability(index) == (9, 0)
 
 
+def runs_on(x: Tensor) -> bool:
+    """Whether ``x`` is a picture in a dtype and on a device that kernels of this family run on."""
+    on_hopper = x.is_cuda and _is_hopper(x.device.index)
+    return on_hopper and x.dtype in SIXTEEN_BIT and x.numel() > 0 and usable_or_warn()
+
+
 def refusal(a: Arguments) -> str | None:
     """Why no kernel of this family runs ``a``; None where one may."""
     if not a.input.is_cuda or not _is_hopper(a.input.device.index):

@@ -51,12 +51,29 @@ def parameter_fields(signature: str) -> list[tuple[int, int]]:
     return [(end - size, size) for end, size in zip(ends, sizes, strict=True)]
 
 
+class Addresses(bytes):
+    """The 512 bytes of a struct of 64 pointers, an F of a signature.
+
+    ``addresses`` has those that are not null.
+    """
+
+    addresses: tuple[int, ...]
+
+    @classmethod
+    def of(cls, addresses: Sequence[int]) -> Addresses:
+        """The struct that begins with these; at most 64."""
+        made = cls(struct.pack("64Q", *addresses, *(0,) * (64 - len(addresses))))
+        made.addresses = tuple(address for address in addresses if address)
+        return made
+
+
 class ArgumentBlock:
     """Storage for one kernel's arguments, and the array of pointers to them that the driver reads.
 
     ``signature`` has a letter per C parameter: P pointer (an int address, or 0), q int64, i int32, f float,
-    d double, T a tensor map (its 128 bytes), F an array of four; tensor maps come first, for they are
-    aligned to 64 bytes. ``address`` is where the pointer array lies. Not to be shared between threads.
+    d double, T a tensor map (its 128 bytes), F an array of four, or ``Addresses``; these come first, for
+    tensor maps are aligned to 64 bytes. ``address`` is where the pointer array lies. Not to be shared between
+    threads.
     """
 
     def __init__(self, signature: str) -> None:

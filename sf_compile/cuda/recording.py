@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sf_compile.cuda.arena import Arena, Lifetime, plan
-from sf_compile.cuda.launcher import Kernel
+from sf_compile.cuda.launcher import Addresses, Kernel
 from sf_compile.cuda.recorder import Allocation, Recorder, extent, version
 from sf_compile.cuda.tensor_maps import TensorMap
 
@@ -188,7 +188,10 @@ class _Addresses:
         """The addresses in one launch that are not constant."""
         found: list[_Use] = []
         for i, (letter, value) in enumerate(zip(launch.kernel.signature, launch.arguments, strict=True)):
-            if letter in "TF":
+            if isinstance(value, Addresses):
+                if any(self.find(launch, at).kind != "constant" for at in value.addresses):
+                    raise NotReplayable(f"{launch.kernel} takes a table of addresses that may change")
+            elif letter in "TF":
                 if not isinstance(value, TensorMap):
                     raise NotReplayable(f"{launch.kernel} takes a tensor map of an unknown address")
                 parts = enumerate(value.parts)

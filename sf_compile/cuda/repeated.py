@@ -109,7 +109,7 @@ class Repeated:
             positions = self._positions[types]
         except KeyError:
             positions = self._positions[types] = _positions(types)
-        if positions is None or _watched():
+        if positions is None or watched():
             return self._inner(*inputs)
         parameters, tensors = positions.parameters(inputs), positions.tensors(inputs)
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors + parameters):
@@ -223,7 +223,7 @@ def _picker(positions: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     return lambda inputs: tuple(inputs[i] for i in positions)
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether a mode, a transform or a tracer of PyTorch wants to see each operation."""
     return bool(
         torch._C._len_torch_dispatch_stack()

@@ -16,7 +16,15 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from sf_compile.cuda import first_conv, halo_conv, instance_norm, last_conv, normalization, statistics
+from sf_compile.cuda import (
+    first_conv,
+    halo_conv,
+    instance_norm,
+    last_conv,
+    normalization,
+    residual_trunk,
+    statistics,
+)
 from sf_compile.cuda.compiler import ARCHITECTURES, KernelKey, compile_log
 
 _SPILL = re.compile(r"(\d+) bytes spill (?:stores|loads)")
@@ -36,6 +44,7 @@ def every(arch: str) -> Iterator[tuple[str, dict[str, int]]]:
         yield from halo_conv.variants()
         yield from first_conv.variants()
         yield from last_conv.variants()
+        yield from residual_trunk.variants()
 
 
 def complaints(key: KernelKey) -> list[str]:

@@ -1,4 +1,4 @@
-"""Stage 5: fused ops that follow each other become one call.
+"""Stage 6: fused ops that follow each other become one call.
 
 A *region* is a run of ``styleforge`` ops with nothing between them in the graph's order. It becomes a module
 of the rewritten graph that holds the same ops in a graph of its own, so that whoever runs it sees them all
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-OPS = ("conv2d", "normalize", "instance_norm", "instance_statistics")
-"""The ops, of the ``styleforge`` namespace, that a region may hold: those that ``rewrite`` writes."""
+OPS = ("conv2d", "normalize", "instance_norm", "instance_statistics", "residual_trunk")
+"""The ops, of the ``styleforge`` namespace, that a region may hold: those that earlier stages write."""
 
 
 class Region(nn.Module):
@@ -35,16 +35,18 @@ class Region(nn.Module):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """For each op the name of its site's anchor, as ``rewrite`` noted it."""
-        return tuple(node.meta["site"] for node in self.inner.graph.nodes if _is_op(node))
+        """For each op the names of its sites' anchors, as ``rewrite`` noted them, one after another."""
+        return tuple(site for op in filter(_is_op, self.inner.graph.nodes) for site in op.meta["sites"])
 
     def __str__(self) -> str:
-        return f"{len(self.sites)} ops in one call, of {', '.join(dict.fromkeys(self.sites))}"
+        ops = sum(map(_is_op, self.inner.graph.nodes))
+        return f"{ops} ops in one call, of {', '.join(dict.fromkeys(self.sites))}"
 
 
 def group(gm: fx.GraphModule, runner: Callable[[fx.GraphModule], Callable[..., Any]]) -> list[Region]:
     """Put every run of two ops or more in ``gm`` into a region; returns the regions, in order.
 
+    An op that stands for several sites is a run by itself.
     ``gm`` computes what it did; ``runner`` is what ``Region`` takes.
     """
     regions: list[Region] = []
@@ -66,14 +68,19 @@ def _is_op(node: fx.Node) -> bool:
 
 
 def _runs(graph: fx.Graph) -> list[list[fx.Node]]:
-    """The longest runs of neighbouring ops and of what is taken out of their results; two ops or more."""
+    """The longest runs of neighbouring ops, and of what is taken out of their results, worth a region."""
     runs: list[list[fx.Node]] = [[]]
     for node in graph.nodes:
         if _is_op(node) or (node.target is getitem and node.args[0] in runs[-1]):
             runs[-1].append(node)
         elif runs[-1]:
             runs.append([])
-    return [run for run in runs if sum(map(_is_op, run)) > 1 and all(map(_is_tensor, _results(run)))]
+    return [run for run in runs if _stands_for(run) > 1 and all(map(_is_tensor, _results(run)))]
+
+
+def _stands_for(run: list[fx.Node]) -> int:
+    """How many ops ``rewrite`` wrote for what ``run`` does, at least."""
+    return sum(len(node.meta["sites"]) for node in run if _is_op(node))
 
 
 def _results(run: list[fx.Node]) -> list[fx.Node]:

@@ -29,7 +29,7 @@ def rewrite(graph: NormalizedGraph, plan: Plan) -> fx.GraphModule:
     """Replace every planned site in ``graph`` by its ops; returns a module that runs it.
 
     The graph itself is changed, and valid after it; nodes outside the sites are untouched. A node that calls
-    one of our ops has the name of its site's anchor in ``meta["site"]``.
+    one of our ops has in ``meta["sites"]`` the names of the anchors of the sites that it runs: one.
     """
     writer = _Writer(graph.graph)
     for index, decision in enumerate(plan.decisions):
@@ -52,7 +52,7 @@ class _Writer:
         """A call of ``styleforge::name``; arguments that were replaced are read from their replacement."""
         op = getattr(torch.ops.styleforge, name).default
         made = self.graph.call_function(op, fx.map_arg(args, lambda node: self.replaced.get(node, node)))
-        made.meta["site"] = self.site
+        made.meta["sites"] = (self.site,)
         return made
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:

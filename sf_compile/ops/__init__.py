@@ -10,6 +10,7 @@ from sf_compile.ops.conv2d import conv2d
 from sf_compile.ops.instance_norm import instance_norm
 from sf_compile.ops.instance_statistics import instance_statistics
 from sf_compile.ops.normalize import normalize
+from sf_compile.ops.residual_trunk import residual_trunk
 
 __all__ = [
     "conv2d",
@@ -19,4 +20,5 @@ __all__ = [
     "instance_statistics",
     "normalize",
     "residual_block",
+    "residual_trunk",
 ]
