@@ -201,17 +201,20 @@ def test_kernels_of_the_network_are_among_those_that_ci_compiles():
 
 
 @on_hopper
-def test_fused_convolutions_are_what_runs_in_half_precision(monkeypatch):
-    from sf_compile.cuda import first_conv, halo_conv, last_conv
+@pytest.mark.parametrize(("height", "width", "joined"), [(64, 96, True), (600, 600, False)])
+def test_fused_convolutions_are_what_runs_in_half_precision(monkeypatch, height, width, joined):
+    from sf_compile.cuda import first_conv, halo_conv, last_conv, residual_trunk
 
     calls = []
     for kernel in (first_conv, halo_conv, last_conv):
         monkeypatch.setattr(kernel, "conv2d", counted(kernel.conv2d, kernel.SOURCE, calls))
+    monkeypatch.setattr(residual_trunk, "trunk", counted(residual_trunk.trunk, residual_trunk.SOURCE, calls))
     model = network()
     with torch.no_grad():
-        compiled(model)((torch.rand(1, 3, 64, 96, device="cuda") * 255).half())
-    halo = 2 + 2 * len(residual_blocks(model)) + 2
-    assert calls == ["first_conv.cu", *["halo_conv.cu"] * halo, "last_conv.cu"]
+        compiled(model)((torch.rand(1, 3, height, width, device="cuda") * 255).half())
+    halo = ["halo_conv.cu"] * 2
+    trunk = ["residual_trunk.cu"] if joined else halo * len(residual_blocks(model))
+    assert calls == ["first_conv.cu", *halo, *trunk, *halo, "last_conv.cu"]
 
 
 @on_hopper

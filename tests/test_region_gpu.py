@@ -84,12 +84,13 @@ def test_changed_weights_take_effect(replays):
     model = network()
     ours, ops, x = fused(model), one_by_one(model), picture(1, 3, 64, 64)
     first = model.conv1.conv2d
+    norm = next(m for m in model.modules() if isinstance(m, torch.nn.InstanceNorm2d))
     with torch.no_grad():
         for change in (
             lambda: None,
             lambda: model.load_state_dict(network().state_dict()),
             lambda: first.weight.mul_(1.5),
-            lambda: next(p for p in model.parameters() if p.dim() == 1).add_(0.25),
+            lambda: norm.weight.add_(0.25),
             lambda: setattr(first, "weight", torch.nn.Parameter(first.weight * 0.5)),
         ):
             change()
