@@ -100,6 +100,8 @@ def test_threads_that_start_together_end_up_replaying(gpu, monkeypatch):
             x = whole(SHAPE)
             assert torch.equal(run(x, weight)[0], expected(x, weight))
     assert gpu.replayed > before
+    (kind,) = run._kinds.values()
+    assert kind.attempts == 0, "nobody recorded while the first call was packing weights"
 
 
 @torch.no_grad()
