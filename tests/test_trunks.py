@@ -137,6 +137,31 @@ def test_a_block_of_another_kind_ends_a_trunk(change):
     assert [depths(rewritten(Blocks(change, at), x)) for at in range(4)] == list(CHANGES[change])
 
 
+class TwoTrunks(Blocks):
+    """Two blocks' worth of convolutions whose picture a long skip keeps, then two more blocks behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after = nn.Conv2d(4, 4, 3, bias=False)
+        self.last_norm = nn.InstanceNorm2d(4, affine=True)
+        self.eval()
+
+    def forward(self, x):
+        first = F.relu(self.norms[8](self.head(x)))
+        second = self.norms[1](self.inside(first, 0)) + first
+        plain = F.relu(self.norms[3](self.inside(second, 1)))
+        third = self.norms[5](self.inside(plain, 2)) + plain
+        fourth = self.norms[7](self.inside(third, 3)) + third
+        return self.tail(reflect(self.last_norm(self.after(reflect(fourth))) + second))
+
+
+def test_a_trunk_that_begins_where_another_ends():
+    x, model = torch.randn(1, 4, 12, 10), TwoTrunks()
+    assert depths(rewritten(model, x)) == [4, 4]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=styleforge)(x), model(x))
+
+
 def test_four_blocks_and_kernels_of_another_size():
     x, model = torch.randn(1, 4, 12, 10), Blocks()
     assert depths(rewritten(model, x)) == [8]

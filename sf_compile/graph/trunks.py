@@ -35,11 +35,15 @@ _KEPT = 3  # the number of the result that is the finished input
 
 
 class _Layer(NamedTuple):
-    """One convolution of a trunk: its arguments by name, and what is taken out of its result by number."""
+    """One convolution of a trunk, and what is taken out of its result by number."""
 
     node: fx.Node
-    arguments: dict[str, Any]
     items: dict[int, fx.Node]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Its arguments by name, as they are now: a trunk before it may have been replaced."""
+        return _arguments(self.node)
 
     @property
     def kept_for(self) -> set[fx.Node]:
@@ -88,13 +92,18 @@ def _layer(node: fx.Node) -> _Layer | None:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.name() != "styleforge::conv2d":
         return None
-    names = [argument.name for argument in target._schema.arguments]
-    arguments = dict(zip(names, node.args, strict=True))
+    arguments = _arguments(node)
     alike = all(arguments[name] == value for name, value in _OF_ALL.items())
     if not alike or not _is_square(arguments["weight"]):
         return None
     items: dict[Any, fx.Node] = {user.args[1]: user for user in node.users if user.target is getitem}
-    return _Layer(node, arguments, items) if len(items) == len(node.users) else None
+    return _Layer(node, items) if len(items) == len(node.users) else None
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an op's call, by name."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return dict(zip(names, node.args, strict=True))
 
 
 def _is_square(weight: Any) -> bool:
