@@ -17,13 +17,15 @@
 #endif
 
 // Zero before the first launch. After the tickets: the whole numbers and the fractions of the mean, then of the mean
-// square, of every (image, channel), COPIES times; then how many shares of it were not finite.
+// square, of every (image, channel), COPIES times; then how many shares of it were not finite, and a count of what was added.
 struct SumsWorkspace {
   u32 tickets, arrivals, unused[2];  // arrivals: of blocks that wait for each other (csrc/residual_trunk.cu)
   u64 totals[1];
 
   DEVICE u64* at(i64 channels, int copy, int part, i64 channel) { return totals + (copy * 4 + part) * channels + channel; }
   DEVICE u64* not_finite(i64 channels, i64 channel) { return totals + COPIES * 4 * channels + channel; }
+  // A count that goes with the channel, for `completes`.
+  DEVICE u32* count(i64 channels, i64 channel) { return (u32*)(totals + (COPIES * 4 + 1) * channels + channel); }
 };
 
 // The pixels of one channel that one thread has seen.
@@ -106,14 +108,16 @@ DEVICE void clear_total(SumsWorkspace* workspace, i64 channels, i64 channel) {
   *workspace->not_finite(channels, channel) = 0;
 }
 
-// Called by `threads` threads of every block, after their last add_share: whether their block is the last to do so, and
-// sees what all have added. `thread` counts them from 0 and `barrier` is a hardware barrier of theirs.
-DEVICE bool is_last_block(SumsWorkspace* workspace, int thread, int threads, int barrier) {
+// Called by `threads` threads after their last add_share: whether theirs, which count for `share`, complete `whole`; then
+// they see what all have added, and the count is 0 again. `thread` counts them from 0, `barrier` is a hardware barrier
+// of theirs.
+DEVICE bool completes(u32* count, u32 share, u32 whole, int thread, int threads, int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
   u32 last = 0;
   if (thread == 0) {
     gpu_fence();  // for all threads that passed the barrier
-    last = atomicInc(&workspace->tickets, gridDim.x - 1) == gridDim.x - 1;
+    last = atomicAdd(count, share) + share == whole;
+    if (last) *count = 0;
   }
   asm volatile(
       "{\n.reg .pred p, q;\nsetp.ne.u32 p, %0, 0;\nbar.red.or.pred q, %1, %2, p;\nselp.u32 %0, 1, 0, q;\n}"
@@ -124,10 +128,10 @@ DEVICE bool is_last_block(SumsWorkspace* workspace, int thread, int threads, int
   return last;
 }
 
-// Likewise; the last block writes mean and variance of `channels` entries.
+// Likewise, of every block; the last one writes mean and variance of `channels` entries.
 DEVICE void finish_sums(SumsWorkspace* workspace, int channels, float* mean, float* variance, int thread, int threads,
                         int barrier) {
-  if (!is_last_block(workspace, thread, threads, barrier)) return;
+  if (!completes(&workspace->tickets, 1, gridDim.x, thread, threads, barrier)) return;
   for (int i = thread; i < channels; i += threads) {
     load_total(workspace, channels, i, mean[i], variance[i]);
     clear_total(workspace, channels, i);

@@ -1,7 +1,7 @@
 // A convolution on the tensor cores of compute capability 9.0 that finishes its producer's norm on the way in
 // and takes the statistics of its own output on the way out:
 //
-//   z   = act((x - mean) / sqrt(variance + eps) * weight + bias) (+ residual),  written to `kept` if asked for
+//   z   = act((x - mean) / sqrt(variance + eps) * weight + bias)
 //   out = conv(pad(z)),  or conv3x3(pad1(upsample_nearest2(z))) in its sub-pixel form
 //
 // Pictures are channels_last. The product has output channels as its 64 rows (a block of the grid keeps one
@@ -9,8 +9,8 @@
 // it leaves room for the copies around it.
 //  * A tile's input with its halo comes in slots of SLOT_CHANNELS channels, raw, by tensor copies into a ring. With
 //    stride 2 a slot has four planes, the pixels of even and odd rows and columns: a tap is always a start address.
-//  * One warpgroup normalises, activates and adds in place, then mirrors the border; two others multiply in turns, so
-//    that one stores its tile while the other multiplies, and refill the slots that they have read.
+//  * One warpgroup prepares the slots: it normalises and activates in place, and mirrors the border.
+//  * Two warpgroups multiply in turns, so that one stores its tile while the other multiplies.
 //  * Weights stay in shared memory for the whole (persistent) block where they fit; else (STREAMED) they
 //    come with the slots.
 //  * A 3x3 convolution of a picture enlarged by 2 sees only 2x2 source pixels: one 2x2 convolution for
@@ -19,8 +19,8 @@
 //    window (x - 1, x) instead and write the columns 2x and 2x - 1, over one window more.
 //
 // Constants: DTYPE, PARAMETER, CHANNELS (in), OUT_CHANNELS, KERNEL_H, KERNEL_W, STRIDE (1, 2), SUBPIXEL, PAD (0 none,
-// 1 zeros, 2 reflect, 3 replicate; of the source when SUBPIXEL), SLOT_CHANNELS (16, 32), SLOTS, STREAMED, RELU,
-// RESIDUAL, KEEP (STRIDE 1), TRANSFORM (0 where the input is finished), STATISTICS, BIAS, OUTPUT_RELU.
+// 1 zeros, 2 reflect, 3 replicate; of the source when SUBPIXEL), SLOT_CHANNELS (16, 32), SLOTS, STREAMED, TRANSFORM (0
+// where the input is finished), RELU, STATISTICS, BIAS, OUTPUT_RELU.
 #define MMA_N 256
 #include "channel_sums.cuh"
 #include "halo_tile.cuh"
@@ -28,26 +28,27 @@
 #include "norm.cuh"
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-    halo_conv(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap residual_map,
-              const __grid_constant__ TensorMap kept_map, const __grid_constant__ OutMaps out_maps,
+    halo_conv(const __grid_constant__ TensorMap map, const __grid_constant__ OutMaps out_maps,
               const unsigned char* __restrict__ weights, const float* mean, const float* variance,
-              const parameter* norm_weight, const parameter* norm_bias, float eps, i64 image_stride, element* kept,
-              element* out, const element* bias, SumsWorkspace* workspace, float* out_mean, float* out_variance,
-              int images, int height, int width, int out_height, int out_width, int top, int left, int tiles_x,
-              int tiles_per_image, u64 line_reciprocal, u64 image_reciprocal) {
+              const parameter* norm_weight, const parameter* norm_bias, float eps, i64 image_stride, element* out,
+              const element* bias,
+              SumsWorkspace* workspace, float* out_mean, float* out_variance, int images, int height, int width,
+              int out_height, int out_width, int top, int left, int tiles_x, int tiles_per_image, u64 line_reciprocal,
+              u64 image_reciprocal) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const u32 stages = shared_address(shared), slots = stages + 4 * STAGE_BYTES, weight_base = slots + SLOTS * SLOT_BYTES;
   const u32 affines = weight_base + (STREAMED ? 0 : DEPTH * WEIGHT_BYTES);
   const u32 barriers = affines + DEPTH * SLOT_CHANNELS * 8;
   const u32 raw = barriers, full = raw + 8 * SLOTS, empty = full + 8 * SLOTS, weights_full = empty + 8 * SLOTS;
-  const u32 order = weights_full + 8 * DEPTH;
+  const u32 order = weights_full + 8 * DEPTH, counts = order + 8;
   const int group = threadIdx.x >> 7, thread = threadIdx.x & 127, lane = threadIdx.x & 31, warp = thread >> 5;
   const int row_block = blockIdx.x % ROW_BLOCKS, worker = blockIdx.x / ROW_BLOCKS, workers = gridDim.x / ROW_BLOCKS;
   // Of one picture, tiles in turn with the other blocks: halos that neighbours share are in L2. Of several, a range of
   // tiles: another image has another norm, and statistics of its own to add up.
+  const bool ranges = images > 1;
   const i64 all_tiles = images * tiles_per_image;
-  const int first = images > 1 ? (int)(all_tiles * worker / workers) : worker, step = images > 1 ? 1 : workers;
-  const int end = (int)(images > 1 ? all_tiles * (worker + 1) / workers : all_tiles);
+  const int first = ranges ? (int)(all_tiles * worker / workers) : worker, step = ranges ? 1 : workers;
+  const int end = (int)(ranges ? all_tiles * (worker + 1) / workers : all_tiles);
   const int tiles = (end - first + step - 1) / step, total = tiles * DEPTH;
   // Where this row block's taps start in the source.
   const int parity = row_block * 64 / PHASE_ROWS;
@@ -55,10 +56,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             origin_x = (SUBPIXEL && !SHARED_X ? parity & 1 : 0) - left;
   if (threadIdx.x == 0) {
     for (int i = 0; i < SLOTS; i++) {
-      barrier_init(raw + 8 * i, 1), barrier_init(full + 8 * i, 4), barrier_init(empty + 8 * i, KEEP ? 5 : 4);
+      barrier_init(raw + 8 * i, 1), barrier_init(full + 8 * i, TRANSFORM ? 4 : 1), barrier_init(empty + 8 * i, 4);
     }
     for (int i = 0; i < DEPTH; i++) barrier_init(weights_full + 8 * i, 1);
     barrier_init(order, 4);
+    store_shared_word(counts + 8, tiles);
     barrier_init_fence();
   }
   __syncthreads();
@@ -70,152 +72,161 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     return Tile{image, line * TILE_H, (rest - line * tiles_x) * TILE_W};
   };
   auto slot_of = [&](int use) { return slots + use % SLOTS * SLOT_BYTES; };
-  // The row blocks share the writing of `kept`.
-  auto keeps = [&](int use) { return KEEP && use % DEPTH * ROW_BLOCKS / DEPTH == row_block; };
   auto weights_of = [&](int depth) { return weights + (i64)(row_block * DEPTH + depth) * WEIGHT_BYTES; };
   // Of one thread: the copies into a slot that is free.
-  auto copy_tile = [&](u32 to, const TensorMap& from, int use, const Tile& tile, u32 barrier) {
-#pragma unroll
-    for (int plane = 0; plane < PLANES; plane++)
-      tensor_copy(to + plane * PLANE_BYTES, from, use % DEPTH * SLOT_CHANNELS,
-                  tile.y * STRIDE + origin_y + plane / STRIDE, tile.x * STRIDE + origin_x + plane % STRIDE, tile.image,
-                  barrier);
-  };
   auto fetch = [&](int use, const Tile& tile) {
     const u32 barrier = raw + 8 * (use % SLOTS);
-    barrier_expect(barrier, PLANES * PLANE_PIXELS * PIXEL_BYTES * (RESIDUAL ? 2 : 1) + (STREAMED ? WEIGHT_BYTES : 0));
-    copy_tile(slot_of(use), map, use, tile, barrier);
-    if (RESIDUAL) copy_tile(slot_of(use) + PICTURE_BYTES, residual_map, use, tile, barrier);
+    barrier_expect(barrier, PLANES * PLANE_PIXELS * PIXEL_BYTES + (STREAMED ? WEIGHT_BYTES : 0));
+#pragma unroll
+    for (int plane = 0; plane < PLANES; plane++)
+      tensor_copy(slot_of(use) + plane * PLANE_BYTES, map, use % DEPTH * SLOT_CHANNELS,
+                  tile.y * STRIDE + origin_y + plane / STRIDE, tile.x * STRIDE + origin_x + plane % STRIDE, tile.image,
+                  barrier);
     if (STREAMED) bulk_copy(slot_of(use) + SLOT_BYTES - WEIGHT_BYTES, weights_of(use % DEPTH), WEIGHT_BYTES, barrier);
   };
 
-  if (group == 2) {  // the warpgroup that normalises
-    give_registers_back<120>();
-    auto fetch_weights = [&](int i) {
-      barrier_expect(weights_full + 8 * i, WEIGHT_BYTES);
-      bulk_copy(weight_base + i * WEIGHT_BYTES, weights_of(i), WEIGHT_BYTES, weights_full + 8 * i);
+  // In a tile at the picture's border, what lies outside is a copy of finished pixels of the same tile. Of threads with
+  // the same `chunk` of every `pixels`-th pixel from `first_pixel` on.
+  auto mirror = [&](u32 slot, int y0, int x0, int first_pixel, int pixels, int chunk) {
+    // Rows above and below the picture, then columns left and right of it; farther out no window that counts reads.
+    const int above = max(-y0, 0), rows = above + min(max(y0 + HALO_H - height, 0), TAPS_Y - 1);
+    const int before = max(-x0, 0), columns = before + min(max(x0 + HALO_W - width, 0), TAPS_X - 1);
+    auto copy = [&](int y, int x) {
+      const int from_y = mirrored(y0 + y, height) - y0, from_x = mirrored(x0 + x, width) - x0;
+      uint4 z = make_uint4(0, 0, 0, 0);
+      if (PAD != 1) {
+        if ((u32)from_y >= HALO_H || (u32)from_x >= HALO_W) return;
+        z = load_shared(slot + address_in_slot(from_y, from_x, chunk));
+      }
+      store_shared(slot + address_in_slot(y, x, chunk), z);
     };
-    if (thread == 0) {
-      // The copy engine works in order: slots and weights alternate, or the first tile would wait for all weights.
-      prefetch(map);
-      if (!STREAMED) fetch_weights(0);
-      wait_for_previous();
-      for (int i = 0; i < (DEPTH > SLOTS ? DEPTH : SLOTS); i++) {
-        if (i < SLOTS && i < total) fetch(i, tile_at(i / DEPTH));
-        if (!STREAMED && i + 1 < DEPTH) fetch_weights(i + 1);
-      }
+#pragma unroll 1
+    for (int i = 0; i < rows + columns; i++) {
+      const bool is_row = i < rows;
+      const int line = is_row ? i : i - rows, outside = is_row ? above : before;
+      const int at = line < outside ? line : (is_row ? height - y0 : width - x0) + line - outside;
+#pragma unroll 1
+      for (int k = first_pixel; k < (is_row ? HALO_W : HALO_H); k += pixels) copy(is_row ? at : k, is_row ? k : at);
     }
-    __syncwarp();
-    const Norm norm = {mean, variance, norm_weight, norm_bias, eps, image_stride};
-    // A thread has the same chunk of channels of every pixel it touches.
-    const int first_pixel = thread / CHUNKS, chunk = swizzled(first_pixel, thread % CHUNKS);
+  };
+  auto at_border = [&](int y0, int x0) {
+    return PAD && (y0 < 0 || x0 < 0 || y0 + HALO_H > height || x0 + HALO_W > width);
+  };
+  auto fetch_weights = [&](int i) {
+    barrier_expect(weights_full + 8 * i, WEIGHT_BYTES);
+    bulk_copy(weight_base + i * WEIGHT_BYTES, weights_of(i), WEIGHT_BYTES, weights_full + 8 * i);
+  };
+  const Norm norm = {mean, variance, norm_weight, norm_bias, eps, image_stride};
+  // Of one thread: the first copies. The copy engine works in order: slots and weights alternate, or the first tile would
+  // wait for all weights.
+  auto fetch_first = [&]() {
+    prefetch(map);
+    if (!STREAMED) fetch_weights(0);
     wait_for_previous();
-    int image = -1;
-    Affine coming = {0.f, 0.f};  // of this thread's first channel, loaded a tile before its image's first slot
-    auto affine_of = [&](int image, int c) { return c < CHANNELS ? norm.at(image, c) : Affine{0.f, 0.f}; };
-    if (tiles > 0) coming = affine_of(tile_at(0).image, thread);
-#pragma unroll 1
-    for (int use = 0; use < total; use++) {
-      const Tile tile = tile_at(use / DEPTH);
-      const int channel = use % DEPTH * SLOT_CHANNELS + chunk * 8;
-      const int y0 = tile.y * STRIDE + origin_y, x0 = tile.x * STRIDE + origin_x;
-      const u32 slot = slot_of(use), residual = slot + PICTURE_BYTES;
-      if (tile.image != image) {
-        image = tile.image;
-        named_barrier(1, 128);
-        for (int c = thread; c < DEPTH * SLOT_CHANNELS; c += 128) {
-          const Affine affine = c < 128 ? coming : affine_of(image, c);
-          store_shared(affines + c * 8, affine.scale, affine.shift);
-        }
-        named_barrier(1, 128);
-      }
-      if (use % DEPTH == 0 && images > 1) {
-        const int next = tile_at(min(use / DEPTH + 1, tiles - 1)).image;
-        if (next != image) coming = affine_of(next, thread);
-      }
-      Affine affine[8];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const uint4 two = load_shared(affines + channel * 8 + i * 16);
-        affine[2 * i] = {__uint_as_float(two.x), __uint_as_float(two.y)};
-        affine[2 * i + 1] = {__uint_as_float(two.z), __uint_as_float(two.w)};
-      }
-      auto apply = [&](u32 pair, int i, u32 more) {
-        const float a = affine[2 * i](low(pair)), b = affine[2 * i + 1](high(pair));
-        if (!RESIDUAL) return RELU ? pack_relu(a, b) : pack<DTYPE>(a, b);
-        return pack<DTYPE>((RELU ? clamp_below(a, 0.f) : a) + low(more), (RELU ? clamp_below(b, 0.f) : b) + high(more));
-      };
-      if (KEEP && thread == 0 && use > 1) {  // the slot before the last one has been written to `kept`
-        store_wait_read<1>();
-        barrier_arrive(empty + 8 * ((use - 2) % SLOTS));
-      }
-      barrier_wait(raw + 8 * (use % SLOTS), use / SLOTS & 1);
-#pragma unroll
-      for (int plane = 0; plane < (TRANSFORM ? PLANES : 0); plane++) {
-        const u32 offset = plane * PLANE_BYTES + thread * 16;
-#pragma unroll
-        for (int begin = 0; begin < UNITS; begin += BATCH) {
-          uint4 v[BATCH], more[RESIDUAL ? BATCH : 1];
-#pragma unroll
-          for (int i = begin; i < begin + BATCH && i < UNITS; i++)
-            if ((i + 1) * 128 <= PLANE_PIXELS * CHUNKS || thread + i * 128 < PLANE_PIXELS * CHUNKS) {
-              v[i - begin] = load_shared(slot + offset + i * 2048);
-              if (RESIDUAL) more[i - begin] = load_shared(residual + offset + i * 2048);
-            }
-#pragma unroll
-          for (int i = begin; i < begin + BATCH && i < UNITS; i++)
-            if ((i + 1) * 128 <= PLANE_PIXELS * CHUNKS || thread + i * 128 < PLANE_PIXELS * CHUNKS) {
-              const uint4 in = v[i - begin], add = more[RESIDUAL ? i - begin : 0];
-              store_shared(slot + offset + i * 2048, make_uint4(apply(in.x, 0, add.x), apply(in.y, 1, add.y),
-                                                                apply(in.z, 2, add.z), apply(in.w, 3, add.w)));
-            }
-        }
-      }
-      const bool border = PAD && (y0 < 0 || x0 < 0 || y0 + HALO_H > height || x0 + HALO_W > width);
-      if (keeps(use)) async_fence();
-      if (border || keeps(use)) named_barrier(1, 128);
-      if (KEEP && thread == 0) {  // with its halo: a neighbour writes the same numbers
-        if (keeps(use) && y0 >= 0 && x0 >= 0)
-          tensor_store(kept_map, use % DEPTH * SLOT_CHANNELS, y0, x0, tile.image, slot);
-        store_commit();
-      }
-      if (keeps(use) && (y0 < 0 || x0 < 0) && channel < CHANNELS) {  // a tensor store must not start outside
-        element* to = kept + (i64)tile.image * height * width * CHANNELS + channel;
-#pragma unroll 4
-        for (int i = 0; i < UNITS; i++) {
-          const int pixel = first_pixel + i * (128 / CHUNKS), row = y0 + pixel % PLANE_H, column = x0 + pixel / PLANE_H;
-          if (pixel < PLANE_PIXELS && (u32)row < (u32)height && (u32)column < (u32)width)
-            *reinterpret_cast<uint4*>(to + ((i64)row * width + column) * CHANNELS) =
-                load_shared(slot + thread * 16 + i * 2048);
-        }
-      }
-      if (border) {  // what lies outside is a copy of finished pixels of the same tile
-        // Rows above and below the picture, then columns left and right of it; farther out no window that counts reads.
-        const int above = max(-y0, 0), rows = above + min(max(y0 + HALO_H - height, 0), TAPS_Y - 1);
-        const int before = max(-x0, 0), columns = before + min(max(x0 + HALO_W - width, 0), TAPS_X - 1);
-#pragma unroll 1
-        for (int i = first_pixel; i < rows * HALO_W + columns * HALO_H; i += 128 / CHUNKS) {
-          const int side = i - rows * HALO_W, line = side < 0 ? i / HALO_W : side / HALO_H;
-          const int row = side < 0 ? y0 + line + (line < above ? 0 : height - y0 - above) : y0 + side % HALO_H;
-          const int column = side < 0 ? x0 + i % HALO_W : x0 + line + (line < before ? 0 : width - x0 - before);
-          const int from_y = mirrored(row, height) - y0, from_x = mirrored(column, width) - x0;
-          uint4 z = make_uint4(0, 0, 0, 0);
-          if (PAD != 1) {
-            if ((u32)from_y >= HALO_H || (u32)from_x >= HALO_W) continue;
-            z = load_shared(slot + address_in_slot(from_y, from_x, chunk));
-          }
-          store_shared(slot + address_in_slot(row - y0, column - x0, chunk), z);
-        }
-      }
-      async_fence();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(full + 8 * (use % SLOTS));
+    for (int i = 0; i < (DEPTH > SLOTS ? DEPTH : SLOTS); i++) {
+      if (i < SLOTS && i < total) fetch(i, tile_at(i / DEPTH));
+      if (!STREAMED && i + 1 < DEPTH) fetch_weights(i + 1);
     }
-    if (KEEP && thread == 0) store_wait<0>();
+  };
+
+  if (group == 2) {  // the warpgroup that prepares slots
+    give_registers_back<136>();
+    if (!TRANSFORM) {
+      if (warp == 0) {
+        if (lane == 0) {
+          fetch_first();
+#pragma unroll 1
+          for (int use = SLOTS; use < total; use++) {
+            barrier_wait(empty + 8 * (use % SLOTS), (use / SLOTS - 1) & 1);
+            fetch(use, tile_at(use / DEPTH));
+          }
+        }
+      } else if (warp == 1) {
+#pragma unroll 1
+        for (int use = 0; use < total; use++) {
+          const Tile tile = tile_at(use / DEPTH);
+          const int y0 = tile.y * STRIDE + origin_y, x0 = tile.x * STRIDE + origin_x;
+          barrier_wait(raw + 8 * (use % SLOTS), use / SLOTS & 1);
+          if (at_border(y0, x0)) {
+            mirror(slot_of(use), y0, x0, lane / CHUNKS, 32 / CHUNKS, lane % CHUNKS);
+            async_fence();
+          }
+          __syncwarp();
+          if (lane == 0) barrier_arrive(full + 8 * (use % SLOTS));
+        }
+      }
+    } else {
+      if (thread == 0) fetch_first();
+      __syncwarp();
+      // A thread has the same chunk of channels of every pixel it touches.
+      const int first_pixel = thread / CHUNKS, chunk = swizzled(first_pixel, thread % CHUNKS);
+      wait_for_previous();
+      int image = -1;
+      Affine coming = {0.f, 0.f};  // of this thread's first channel, loaded a tile before its image's first slot
+      auto affine_of = [&](int image, int c) { return c < CHANNELS ? norm.at(image, c) : Affine{0.f, 0.f}; };
+      if (tiles > 0) coming = affine_of(tile_at(0).image, thread);
+#pragma unroll 1
+      for (int use = 0; use < total; use++) {
+        const Tile tile = tile_at(use / DEPTH);
+        const int channel = use % DEPTH * SLOT_CHANNELS + chunk * 8;
+        const int y0 = tile.y * STRIDE + origin_y, x0 = tile.x * STRIDE + origin_x;
+        const u32 slot = slot_of(use);
+        if (tile.image != image) {
+          image = tile.image;
+          named_barrier(1, 128);
+          for (int c = thread; c < DEPTH * SLOT_CHANNELS; c += 128) {
+            const Affine affine = c < 128 ? coming : affine_of(image, c);
+            store_shared(affines + c * 8, affine.scale, affine.shift);
+          }
+          named_barrier(1, 128);
+        }
+        if (use % DEPTH == 0 && images > 1) {
+          const int next = tile_at(min(use / DEPTH + 1, tiles - 1)).image;
+          if (next != image) coming = affine_of(next, thread);
+        }
+        Affine affine[8];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const uint4 two = load_shared(affines + channel * 8 + i * 16);
+          affine[2 * i] = {__uint_as_float(two.x), __uint_as_float(two.y)};
+          affine[2 * i + 1] = {__uint_as_float(two.z), __uint_as_float(two.w)};
+        }
+        auto apply = [&](u32 pair, int i) {
+          const float a = affine[2 * i](low(pair)), b = affine[2 * i + 1](high(pair));
+          return RELU ? pack_relu(a, b) : pack<DTYPE>(a, b);
+        };
+        barrier_wait(raw + 8 * (use % SLOTS), use / SLOTS & 1);
+#pragma unroll
+        for (int plane = 0; plane < PLANES; plane++) {
+          const u32 offset = plane * PLANE_BYTES + thread * 16;
+#pragma unroll
+          for (int begin = 0; begin < UNITS; begin += BATCH) {
+            uint4 v[BATCH];
+#pragma unroll
+            for (int i = begin; i < begin + BATCH && i < UNITS; i++)
+              if ((i + 1) * 128 <= PLANE_PIXELS * CHUNKS || thread + i * 128 < PLANE_PIXELS * CHUNKS)
+                v[i - begin] = load_shared(slot + offset + i * 2048);
+#pragma unroll
+            for (int i = begin; i < begin + BATCH && i < UNITS; i++)
+              if ((i + 1) * 128 <= PLANE_PIXELS * CHUNKS || thread + i * 128 < PLANE_PIXELS * CHUNKS)
+                store_shared(slot + offset + i * 2048,
+                             make_uint4(apply(v[i - begin].x, 0), apply(v[i - begin].y, 1), apply(v[i - begin].z, 2),
+                                        apply(v[i - begin].w, 3)));
+          }
+        }
+        if (at_border(y0, x0)) {
+          named_barrier(1, 128);
+          mirror(slot, y0, x0, first_pixel, 128 / CHUNKS, chunk);
+        }
+        async_fence();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(full + 8 * (use % SLOTS));
+      }
+    }
     if (!STREAMED && thread == 0)  // no exit with a copy under way
       for (int i = 0; i < DEPTH; i++) barrier_wait(weights_full + 8 * i, 0);
   } else {                  // two warpgroups that multiply, a tile each in turn
-    take_registers<192>();  // 128 x 120 + 256 x 192 is what 384 threads are launched with
+    take_registers<184>();  // 128 x 136 + 256 x 184 is what 384 threads are launched with
     float d[MMA_N / 2];
     // A lane's two rows of the product are output channels channel and channel + 8.
     const int row = row_block * 64 + warp * 16, phase = row / PHASE_ROWS, channel0 = row % PHASE_ROWS;
@@ -230,18 +241,39 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       for (int i = 0; i < 2; i++)
         if (channel + 8 * i < OUT_CHANNELS) add[i] = to_float<DTYPE>(bias[channel + 8 * i]);
     }
+    // Registers are scarce: the block's number of tiles is in shared memory, and what follows too.
+    // Of the first thread: tiles of the image that this warpgroup has added.
+    auto counted = [&](int more) {
+      if (thread != 0) return 0u;
+      const u32 at = counts + 4 * group, before = load_shared_word(at);
+      store_shared_word(at, more < 0 ? 0 : before + more);
+      return before;
+    };
+    counted(-1);
     auto flush = [&]() {
       const i64 before = (i64)image * OUT_CHANNELS;
-      if (image >= 0)
-        statistics.flush(workspace, worker % COPIES, (i64)images * OUT_CHANNELS, before + channel, 8,
-                         before + OUT_CHANNELS, 1.0 / ((double)out_height * out_width));
+      int rows = out_height;
+      asm volatile("" : "+r"(rows));  // or the division is done beforehand, and takes two registers from the products
+      if (image < 0) return;
+      const i64 channels = (i64)images * OUT_CHANNELS;
+      statistics.flush(workspace, worker % COPIES, channels, before + channel, 8, before + OUT_CHANNELS,
+                       1.0 / ((double)rows * out_width));
+      // Whoever adds the last tile of an image turns the totals of the channels that share a row block into statistics.
+      constexpr int kGroups = PHASE_ROWS < 64 ? 1 : PHASE_ROWS / 64;
+      const int together = row_block % kGroups, own = together * 64 + thread;
+      if (completes(workspace->count(channels, before + together), counted(-1), ROW_BLOCKS / kGroups * tiles_per_image, thread,
+                    128, 2 + group) &&
+          thread < 64 && own < OUT_CHANNELS) {
+        load_total(workspace, channels, before + own, out_mean[before + own], out_variance[before + own]);
+        clear_total(workspace, channels, before + own);
+      }
     };
 #pragma unroll 1
-    for (int j = group; j < tiles; j += 2) {
+    for (int j = group; j < (int)load_shared_word(counts + 8); j += 2) {
       auto release = [&](int use, const Tile& next) {  // its slot has been read: warp 0 refills it, with part of `next`
         if (lane == 0) {
           barrier_arrive(empty + 8 * (use % SLOTS));
-          if (warp % 4 == 0 && use + SLOTS < total) {
+          if (TRANSFORM && warp % 4 == 0 && use + SLOTS < (STRIDE == 1 ? total : (int)load_shared_word(counts + 8) * DEPTH)) {
             barrier_wait(empty + 8 * (use % SLOTS), use / SLOTS & 1);
             fetch(use + SLOTS, next);
           }
@@ -297,6 +329,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
           statistics.sums[k].start(next_y ? high(pair) : low(pair));
         }
       }
+      counted(1);
       if (tile.y >= SHARED_Y && tile.x >= SHARED_X && (tile.y + TILE_H) * ZOOM <= out_height &&
           (tile.x + TILE_W) * ZOOM <= out_width) {
         // A lane's address for the store of four 8x8 matrices: channels 0 to 7 and 8 to 15 of two columns of pixels.
@@ -362,10 +395,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         }
       }
     }
-    if (STATISTICS) {
-      flush();
-      finish_sums(workspace, images * OUT_CHANNELS, out_mean, out_variance, threadIdx.x, 256, 4);
-    }
+    if (STATISTICS) flush();
     if (thread == 0) store_wait<0>();
   }
 }

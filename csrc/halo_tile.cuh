@@ -28,7 +28,7 @@
 #define DEPTH ((CHANNELS + SLOT_CHANNELS - 1) / SLOT_CHANNELS)  // slots of a tile
 #define WEIGHT_BYTES (TAPS * 64 * PIXEL_BYTES)                  // of one slot's channels and one row block
 #define PICTURE_BYTES (PLANES * PLANE_BYTES)
-#define SLOT_BYTES (PICTURE_BYTES * (RESIDUAL ? 2 : 1) + (STREAMED ? WEIGHT_BYTES : 0))  // its residual beside it
+#define SLOT_BYTES (PICTURE_BYTES + (STREAMED ? WEIGHT_BYTES : 0))
 #define SWIZZLE (SLOT_CHANNELS == 32 ? SWIZZLE_64 : SWIZZLE_32)
 
 #define PRODUCTS (TAPS * SLOT_CHANNELS / 16)  // of one slot

@@ -258,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         }
     }
 
-    if (is_last_block(workspace, thread, CONSUMERS, 1)) {
+    if (completes(&workspace->tickets, 1, gridDim.x, thread, CONSUMERS, 1)) {
       if (thread < CHANNELS) {
         load_total(workspace, all_totals, (depth - 1) % 3 * CHANNELS + thread, out_mean[thread], out_variance[thread]);
         for (int i = 0; i < 3; i++) clear_total(workspace, all_totals, i * CHANNELS + thread);

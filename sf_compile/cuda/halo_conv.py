@@ -21,7 +21,7 @@ SOURCE = "halo_conv.cu"
 _THREADS = 384
 _TILE_H, _TILE_W = 8, 32
 _ROUND = 4  # columns of a tile that are stored at a time
-_SIGNATURE = "P" + hopper.NORM_SIGNATURE + "PPP" + hopper.SUMS_SIGNATURE + "iiiiiiiiiqq"
+_SIGNATURE = "P" + hopper.NORM_SIGNATURE + "PP" + hopper.SUMS_SIGNATURE + "iiiiiiiiiqq"
 _MOST_SLOTS = 8
 _STAGES_BYTES = 4 * 4096
 _RECIPROCAL = 1 << 42
@@ -49,8 +49,6 @@ class Variant(NamedTuple):
     subpixel: bool
     pad: int
     relu: bool
-    residual: bool
-    keep: bool
     transform: bool
     statistics: bool
     bias: bool
@@ -99,8 +97,7 @@ class Variant(NamedTuple):
         """How a block's shared memory is used; None where it does not suffice."""
         rows, columns = self.plane
         picture = self.stride**2 * -(-rows * columns * self.slot_channels * 2 // 512) * 512
-        picture *= 2 if self.residual else 1
-        fixed = _STAGES_BYTES + self.depth * self.slot_channels * 8 + 8 * (3 * _MOST_SLOTS + self.depth + 1)
+        fixed = _STAGES_BYTES + self.depth * self.slot_channels * 8 + 8 * (3 * _MOST_SLOTS + self.depth + 3)
         room = hopper.SHARED_BYTES - fixed
         for streamed in (False, True):
             weights = self.weight_bytes * (1 if streamed else self.depth)
@@ -122,27 +119,27 @@ class Variant(NamedTuple):
 
 def variants() -> Iterator[tuple[str, dict[str, int]]]:
     """(source, constants) of the layers of the networks that this package knows, and of the general path."""
-    kinds: list[tuple[int, int, int, int, bool, int, bool, bool, bool, bool, bool, bool, bool]] = [
-        # channels, out, kernel, stride, subpixel, pad, relu, residual, keep, transform, statistics, ...
-        (32, 64, 3, 2, False, 2, True, False, False, True, True, False, False),
-        (64, 128, 3, 2, False, 2, True, False, False, True, True, False, False),
-        (128, 128, 3, 1, False, 2, True, False, False, True, True, False, False),
-        (128, 128, 3, 1, False, 2, True, False, True, True, True, False, False),
-        (128, 128, 3, 1, False, 2, False, False, False, False, True, False, False),
-        (128, 64, 3, 1, True, 3, False, True, False, True, True, False, False),
-        (64, 32, 3, 1, True, 3, True, False, False, True, True, False, False),
-        (16, 32, 3, 2, False, 2, True, False, False, True, True, False, False),
-        (64, 64, 3, 1, False, 2, True, False, False, True, True, False, False),
-        (64, 64, 3, 1, False, 2, False, True, True, True, True, False, False),
-        (32, 32, 3, 1, False, 2, False, True, True, True, True, False, False),
-        (32, 16, 3, 1, True, 3, True, False, False, True, True, False, False),
-        (16, 8, 3, 1, True, 1, True, False, False, True, True, False, False),
-        (8, 16, 3, 2, False, 1, True, False, False, True, True, False, False),
-        (256, 256, 3, 1, False, 2, True, False, False, True, True, False, False),
-        (256, 256, 3, 1, False, 2, False, False, False, False, True, False, False),
-        (512, 256, 3, 1, False, 2, False, False, False, False, False, True, True),
-        (64, 256, 1, 1, False, 0, True, False, False, True, True, False, False),
-        (24, 40, 5, 1, False, 1, False, False, False, False, True, True, False),
+    kinds: list[tuple[int, int, int, int, bool, int, bool, bool, bool, bool, bool]] = [
+        # channels, out, kernel, stride, subpixel, pad, relu, transform, statistics, bias, output ReLU
+        (32, 64, 3, 2, False, 2, True, True, True, False, False),
+        (64, 128, 3, 2, False, 2, True, True, True, False, False),
+        (128, 128, 3, 1, False, 2, True, True, True, False, False),
+        (128, 128, 3, 1, False, 2, False, False, True, False, False),
+        (128, 64, 3, 1, True, 3, False, False, True, False, False),
+        (64, 32, 3, 1, True, 3, True, True, True, False, False),
+        (16, 32, 3, 2, False, 2, True, True, True, False, False),
+        (64, 64, 3, 1, False, 2, True, True, True, False, False),
+        (64, 64, 3, 1, False, 2, False, False, True, False, False),
+        (64, 32, 3, 1, True, 3, False, False, True, False, False),
+        (32, 32, 3, 1, False, 2, False, False, True, False, False),
+        (32, 16, 3, 1, True, 3, True, True, True, False, False),
+        (16, 8, 3, 1, True, 1, True, True, True, False, False),
+        (8, 16, 3, 2, False, 1, True, True, True, False, False),
+        (256, 256, 3, 1, False, 2, True, True, True, False, False),
+        (256, 256, 3, 1, False, 2, False, False, True, False, False),
+        (512, 256, 3, 1, False, 2, False, False, False, True, True),
+        (64, 256, 1, 1, False, 0, True, True, True, False, False),
+        (24, 40, 5, 1, False, 1, False, False, False, True, True),
     ]
     for channels, out, kernel, *rest in kinds:
         for dtype in hopper.SIXTEEN_BIT.values():
@@ -158,8 +155,7 @@ def _variant(a: Arguments) -> Variant:
     return Variant(
         hopper.SIXTEEN_BIT[a.input.dtype], hopper.parameter(a) or 0, a.input.shape[1], a.weight.shape[0],
         a.weight.shape[2], a.weight.shape[3], a.stride[0], subpixel, pad, a.activation == "relu",
-        a.residual is not None, a.keep_input, a.normalizes, a.statistics, a.bias is not None,
-        a.output_activation == "relu",
+        a.normalizes, a.statistics, a.bias is not None, a.output_activation == "relu",
     )  # fmt: skip
 
 
@@ -179,8 +175,8 @@ def refusal(a: Arguments) -> str | None:
         return f"{c} -> {o} channels: whole 16-byte accesses need multiples of 8"
     if not a.channels_last or not _usable_picture(a.input):
         return "the picture is not channels_last"
-    if a.residual is not None and not _usable_picture(a.residual):
-        return "the residual is not channels_last"
+    if a.residual is not None or a.keep_input:
+        return "a residual, or an input that is kept, is finished by a pass of its own"
     if a.upsample == 2:
         if (kh, kw) != (3, 3) or tuple(a.stride) != (1, 1) or tuple(a.padding) != (1, 1, 1, 1):
             return "an upsampling other than by 2, followed by a 3x3 convolution padded by 1"
@@ -190,8 +186,6 @@ def refusal(a: Arguments) -> str | None:
         return f"stride {tuple(a.stride)} of a {kh}x{kw} kernel"
     elif max(kh, kw) > 7:
         return f"a {kh}x{kw} kernel"
-    elif a.stride[0] == 2 and (a.residual is not None or a.keep_input):
-        return "a residual or a kept input before a stride of 2"
     # A mirrored pixel has to lie in the tile that needs it.
     if a.upsample == 1:
         reflects = a.padding_mode == "reflect"
@@ -202,8 +196,6 @@ def refusal(a: Arguments) -> str | None:
     memory = variant.memory()
     if memory is None:
         return f"a {kh}x{kw} kernel over {c} channels does not fit into shared memory"
-    if variant.residual and (memory.streamed or memory.slots < 3):
-        return "too little shared memory is left for the residual"
     if variant.row_blocks > multiprocessors(a.input.device.index):
         return f"{o} output channels are more than the GPU has multiprocessors for"
     tiles = n * (h // (_TILE_H * a.stride[0]) + 2) * (w // (_TILE_W * a.stride[1]) + 2)
@@ -214,7 +206,7 @@ def refusal(a: Arguments) -> str | None:
 
 @functools.cache
 def _kernel(index: int, variant: Variant, mode: str) -> Kernel:
-    signature = ("TTTF" if variant.subpixel else "TTTT") + _SIGNATURE
+    signature = ("TF" if variant.subpixel else "TT") + _SIGNATURE
     return load(SOURCE, "halo_conv", variant.constants(), index, signature, mode)
 
 
@@ -237,15 +229,11 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tiles_per_image = tiles_x * -(-windows_y // _TILE_H)
     blocks = min(multiprocessors(index) // variant.row_blocks, n * tiles_per_image) * variant.row_blocks
     out = empty_image((n, o, out_h, out_w), x, True)
-    kept = empty_image(x.shape, x, True) if a.keep_input else absent(x, x.dtype)
     mean, variance = hopper.statistics_outputs(a)
     form = f"halo_conv subpixel={variant.subpixel} slot={variant.slot_channels}"
     weights = packed(a.weight, form, functools.partial(_pack, variant))
     box = (variant.slot_channels, *variant.plane)
-    maps = [
-        channels_last_map(picture.data_ptr(), x.dtype, (n, c, h, w), box, variant.stride)
-        for picture in (x, x if a.residual is None else a.residual, kept if a.keep_input else x)
-    ]
+    maps = [channels_last_map(x.data_ptr(), x.dtype, (n, c, h, w), box, variant.stride)]
     box = (min(variant.phase_rows, 64), _TILE_H, _ROUND)
     if variant.subpixel:
         parities = [out.data_ptr() + 2 * o * (p * out_w + q) for p in (0, 1) for q in (0, 1)]
@@ -258,12 +246,12 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (blocks, 1, 1), _THREADS, memory.bytes,
         (
             *maps, weights.weight.data_ptr(), *hopper.norm_arguments(a),
-            kept.data_ptr() if a.keep_input else 0, out.data_ptr(), pointer(a.bias),
+            out.data_ptr(), pointer(a.bias),
             *hopper.sums_arguments(a, mean, variance), n, h, w, out_h, out_w, top, left, tiles_x,
             tiles_per_image, -(-_RECIPROCAL // tiles_x), -(-_RECIPROCAL // tiles_per_image),
         ),
     )  # fmt: skip
-    return out, mean, variance, kept
+    return out, mean, variance, absent(x, x.dtype)
 
 
 def _pack(variant: Variant, weight: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ SIXTEEN_BIT = {torch.float16: 1, torch.bfloat16: 2}
 NORM_SIGNATURE = "PPPPfq"
 SUMS_SIGNATURE = "PPP"
 _HEADER_BYTES = 16
-_TOTAL_BYTES = 8 * (4 * 8 + 1)  # of an (image, channel): four totals in eight copies, and a count
+_TOTAL_BYTES = 8 * (4 * 8 + 2)  # of an (image, channel): four totals in eight copies, and two counts
 
 
 @functools.cache
