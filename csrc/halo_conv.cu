@@ -30,11 +30,10 @@
 extern "C" __global__ void __launch_bounds__(384, 1)
     halo_conv(const __grid_constant__ TensorMap map, const __grid_constant__ OutMaps out_maps,
               const unsigned char* __restrict__ weights, const float* mean, const float* variance,
-              const parameter* norm_weight, const parameter* norm_bias, float eps, i64 image_stride, element* out,
-              const element* bias,
-              SumsWorkspace* workspace, float* out_mean, float* out_variance, int images, int height, int width,
-              int out_height, int out_width, int top, int left, int tiles_x, int tiles_per_image, u64 line_reciprocal,
-              u64 image_reciprocal) {
+              const parameter* norm_weight, const parameter* norm_bias, float eps, i64 image_stride, i64 weight_stride,
+              i64 bias_stride, element* out, const element* bias, SumsWorkspace* workspace, float* out_mean,
+              float* out_variance, int images, int height, int width, int out_height, int out_width, int top, int left,
+              int tiles_x, int tiles_per_image, u64 line_reciprocal, u64 image_reciprocal) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const u32 stages = shared_address(shared), slots = stages + 4 * STAGE_BYTES, weight_base = slots + SLOTS * SLOT_BYTES;
   const u32 affines = weight_base + (STREAMED ? 0 : DEPTH * WEIGHT_BYTES);
@@ -116,7 +115,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     barrier_expect(weights_full + 8 * i, WEIGHT_BYTES);
     bulk_copy(weight_base + i * WEIGHT_BYTES, weights_of(i), WEIGHT_BYTES, weights_full + 8 * i);
   };
-  const Norm norm = {mean, variance, norm_weight, norm_bias, eps, image_stride};
+  const Norm norm = {mean,         variance,      norm_weight, norm_bias, eps,
+                     image_stride, weight_stride, bias_stride};
   // Of one thread: the first copies. The copy engine works in order: slots and weights alternate, or the first tile would
   // wait for all weights.
   auto fetch_first = [&]() {

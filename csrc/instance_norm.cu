@@ -108,8 +108,8 @@ DEVICE void write_slab(const Slab& slab, const Finish& finish, const element* x,
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) instance_norm(
     const element* __restrict__ x, const element* __restrict__ residual, element* __restrict__ out,
-    const parameter* weight, const parameter* bias, u64* published, float eps, float lower, int channels,
-    i64 pixels, int turns, int rest, int slots) {
+    const parameter* weight, const parameter* bias, u64* published, i64 weight_stride, i64 bias_stride,
+    float eps, float lower, int channels, i64 pixels, int turns, int rest, int slots) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ Meeting meeting;
   __shared__ __align__(16) Maps maps;
@@ -121,8 +121,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) instance_norm(
   parameter gamma = 0, beta = 0;
   if (leads) {
     base = base_of_channel(slab);
-    if (weight) gamma = weight[slab.channel + threadIdx.x];
-    if (bias) beta = bias[slab.channel + threadIdx.x];
+    if (weight) gamma = weight[slab.image * weight_stride + slab.channel + threadIdx.x];
+    if (bias) beta = bias[slab.image * bias_stride + slab.channel + threadIdx.x];
   }
   float bases[SUMS];
   load_bases(slab, bases);

@@ -26,9 +26,10 @@ DEVICE Moments block_merge(Moments a) {
 
 extern "C" __global__ void __launch_bounds__(512, 1) instance_norm_plane(
     const element* __restrict__ x, const element* __restrict__ residual, element* __restrict__ out,
-    const parameter* weight, const parameter* bias, float eps, float lower, int channels, int pixels) {
+    const parameter* weight, const parameter* bias, i64 weight_stride, i64 bias_stride, float eps, float lower,
+    int channels, int pixels) {
   const i64 plane = (i64)blockIdx.x * pixels;
-  const int channel = blockIdx.x % channels, stride = blockDim.x * VECTOR, first = threadIdx.x * VECTOR;
+  const int image = blockIdx.x / (u32)channels, channel = blockIdx.x % channels, stride = blockDim.x * VECTOR, first = threadIdx.x * VECTOR;
   const element* from = x + plane;
   const float base = to_float<DTYPE>(from[0]);
   Vector<VECTOR> held[HELD];
@@ -47,8 +48,8 @@ extern "C" __global__ void __launch_bounds__(512, 1) instance_norm_plane(
     }
   const Moments total = block_merge(sums.moments((float)seen, seen ? 1.f / (float)seen : 0.f, base));
   float scale = inverse_sqrt(total.m2 / (float)pixels + eps), shift = 0.f;
-  if (weight) scale *= to_float<PARAMETER>(weight[channel]);
-  if (bias) shift = to_float<PARAMETER>(bias[channel]);
+  if (weight) scale *= to_float<PARAMETER>(weight[image * weight_stride + channel]);
+  if (bias) shift = to_float<PARAMETER>(bias[image * bias_stride + channel]);
   // The mean, and what rounding it lost, which is not small beside sigma when the mean is large.
   const float center = base + total.mean;
   shift = fmaf((center - base) - total.mean, scale, shift);

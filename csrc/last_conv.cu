@@ -338,7 +338,7 @@ DEVICE void multiply_and_add(const Shared& shared, const Geometry& g, const uint
 extern "C" __global__ void __launch_bounds__(384, 1) last_conv(
     const element* __restrict__ x, const uint4* __restrict__ weights, const float* mean,
     const float* variance, const parameter* norm_weight, const parameter* norm_bias, float eps,
-    i64 image_stride, const element* bias, element* out, float lower, int channels_last, int images,
+    i64 image_stride, i64 weight_stride, i64 bias_stride, const element* bias, element* out, float lower, int channels_last, int images,
     int height, int width, int out_height, int out_width, int top, int left, int pad) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const Shared shared(shared_address(memory));
@@ -360,7 +360,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) last_conv(
       fetch(shared, g, x, begin, end, thread & 31);
     } else {
       wait_for_previous();
-      const Norm norm = {mean, variance, norm_weight, norm_bias, eps, image_stride};
+      const Norm norm = {mean,         variance,      norm_weight, norm_bias, eps,
+                         image_stride, weight_stride, bias_stride};
       normalize(shared, g, norm, begin, end, thread);
     }
   } else {

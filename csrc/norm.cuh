@@ -17,14 +17,14 @@ struct Norm {
   const float *mean, *variance;  // (N, C), or (C) where image_stride is 0
   const parameter *weight, *bias;
   float eps;
-  i64 image_stride;
+  i64 image_stride, weight_stride, bias_stride;  // from an image to the next; 0 where all have the same
 
   DEVICE Affine at(i64 image, i64 channel) const {
     if (!mean) return {1.f, 0.f};
     // Four loads side by side.
     const float m = mean[image * image_stride + channel], v = variance[image * image_stride + channel];
-    const float w = weight ? to_float<PARAMETER>(weight[channel]) : 1.f;
-    const float b = bias ? to_float<PARAMETER>(bias[channel]) : 0.f;
+    const float w = weight ? to_float<PARAMETER>(weight[image * weight_stride + channel]) : 1.f;
+    const float b = bias ? to_float<PARAMETER>(bias[image * bias_stride + channel]) : 0.f;
     return affine_of(m, v, eps, w, b);
   }
 };

@@ -38,8 +38,8 @@ DEVICE bool owns(int at, int before, int size, int factor) {
 #define ARGUMENTS                                                                                          \
   const element *__restrict__ x, const element *__restrict__ residual, element *__restrict__ out,          \
       element *__restrict__ kept, const float *mean, const float *variance, const parameter *weight,       \
-      const parameter *bias, float eps, float lower, i64 image_stride, int channels, int height,           \
-      int width, int run_time_factor, int top, int left, int out_height, int out_width
+      const parameter *bias, float eps, float lower, i64 image_stride, i64 weight_stride, i64 bias_stride, \
+      int channels, int height, int width, int run_time_factor, int top, int left, int out_height, int out_width
 #define FACTOR (UPSAMPLE ? UPSAMPLE : run_time_factor)
 
 #if LAYOUT == CHANNELS_LAST
@@ -82,7 +82,7 @@ template <bool kResidual, bool kKeep> DEVICE void write_row(
 extern "C" __global__ void __launch_bounds__(256, 3) normalize(ARGUMENTS, int lanes, int segments, int segment) {
   launch_dependents();
   wait_for_previous();
-  const Norm norm = {mean, variance, weight, bias, eps, image_stride};
+  const Norm norm = {mean, variance, weight, bias, eps, image_stride, weight_stride, bias_stride};
   const int factor = FACTOR;
   const int group = blockIdx.z * 256 + threadIdx.x % lanes, column = threadIdx.x / lanes, columns = 256 / lanes;
   const i64 channel = (i64)group * VECTOR, image = REVERSED(y);
@@ -111,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(256, 3) normalize(ARGUMENTS, int la
 extern "C" __global__ void __launch_bounds__(256, 2) normalize(ARGUMENTS, i64 planes) {
   launch_dependents();
   wait_for_previous();
-  const Norm norm = {mean, variance, weight, bias, eps, image_stride};
+  const Norm norm = {mean, variance, weight, bias, eps, image_stride, weight_stride, bias_stride};
   const int factor = FACTOR;
   const i64 pixels = (i64)height * width, out_pixels = (i64)out_height * out_width;
   for (i64 plane = REVERSED(y); plane < planes; plane += gridDim.y) {
@@ -174,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(256) normalize(
     i64 r_image, i64 r_channel, i64 r_row, i64 r_pixel) {
   launch_dependents();
   wait_for_previous();
-  const Norm norm = {mean, variance, weight, bias, eps, image_stride};
+  const Norm norm = {mean, variance, weight, bias, eps, image_stride, weight_stride, bias_stride};
   const int factor = FACTOR, y = REVERSED(x), inner = out_channels_last ? channels : out_width;
   const i64 n = REVERSED(y), pixels = (i64)height * width, out_pixels = (i64)out_height * out_width;
   const Strides in = {x_image, x_channel, x_row, x_pixel}, add = {r_image, r_channel, r_row, r_pixel};

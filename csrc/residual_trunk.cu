@@ -121,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
 
     // z = norm(x), with its halo.
     if (thread < CHANNELS) {
-      const Affine affine = Norm{mean, variance, norm_weight, norm_bias, eps, 0}.at(0, thread);
+      const Affine affine = Norm{mean, variance, norm_weight, norm_bias, eps, 0, 0, 0}.at(0, thread);
       store_shared(affines + thread * 8, affine.scale, affine.shift);
     }
     named_barrier(1, CONSUMERS);

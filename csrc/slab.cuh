@@ -28,6 +28,7 @@ struct Slab {
   const element* base;  // the group's first pixel, at this thread's channels
   i64 first;            // elements from base to this thread's step 0
   i64 stride, second;   // elements from one step of this thread to its next, and to its second vector
+  u32 image;
   int channel;          // the group's first, in its image
   int lane, steps, turns, rest;
   bool whole;           // whether the last step has a second vector
@@ -38,13 +39,14 @@ struct Slab {
     lane = threadIdx.x % LANES;
     const int row = blockIdx.y * 2 * ROWS + threadIdx.x / LANES;
 #if CHANNELS_LAST
-    const u32 groups = channels / GROUP, image = blockIdx.x / groups;
+    const u32 groups = channels / GROUP;
+    image = blockIdx.x / groups;
     const i64 unit = channels;
     channel = (blockIdx.x - image * groups) * GROUP;
     base = x + image * pixels * channels + channel + lane * VECTOR;
 #else
     const i64 unit = VECTOR;
-    channel = blockIdx.x % (u32)channels;
+    image = blockIdx.x / (u32)channels, channel = blockIdx.x % (u32)channels;
     base = x + blockIdx.x * pixels;
 #endif
     first = row * unit, second = ROWS * unit, stride = (i64)gridDim.y * 2 * ROWS * unit;

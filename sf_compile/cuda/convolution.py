@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sf_compile.cuda import first_conv, halo_conv, last_conv, packing
 from sf_compile.cuda.compiler import usable_or_warn
-from sf_compile.cuda.layout import is_channels_last
+from sf_compile.cuda.layout import dense_channels, is_channels_last
 from sf_compile.cuda.normalization import apply, usable
 from sf_compile.cuda.statistics import statistics
 from sf_compile.ops import reference
@@ -81,11 +81,13 @@ def _explain(a: Arguments, kernel: Any, split: bool, refusals: list[tuple[Any, s
 def _key(a: Arguments) -> tuple[Any, ...]:
     """Everything of ``a`` that a refusal can depend on."""
     pictures = (a.input, a.weight, a.residual)
-    vectors = (a.bias, a.mean, a.variance, a.norm_weight, a.norm_bias)
+    vectors = (a.bias, a.mean, a.variance)
+    affine = (a.norm_weight, a.norm_bias)
     return (
         usable_or_warn(), a.input.device.index,
         *(None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in pictures),
         *(None if t is None else (t.dtype, t.dim(), t.is_contiguous()) for t in vectors),
+        *(None if t is None else (t.dtype, dense_channels(t)) for t in affine),
         a.activation, a.upsample, *a.padding, a.padding_mode, *a.stride, *a[-4:],
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sf_compile.cuda.compiler import usable_or_warn
-from sf_compile.cuda.layout import parameter_dtype, pointer
+from sf_compile.cuda.layout import dense_channels, image_stride, parameter_dtype, pointer
 from sf_compile.cuda.workspace import zeroed
 from sf_compile.ops.checks import statistics_dtype
 from sf_compile.ops.conv2d import Arguments, absent
@@ -23,7 +23,7 @@ SHARED_BYTES = 232_448
 SIXTEEN_BIT = {torch.float16: 1, torch.bfloat16: 2}
 """The dtypes that the kernels compute in, with the value of their DTYPE constant."""
 
-NORM_SIGNATURE = "PPPPfq"
+NORM_SIGNATURE = "PPPPfqqq"
 SUMS_SIGNATURE = "PPP"
 _HEADER_BYTES = 16
 _TOTAL_BYTES = 8 * (4 * 8 + 2)  # of an (image, channel): four totals in eight copies, and two counts
@@ -50,9 +50,10 @@ def refusal(a: Arguments) -> str | None:
         return "the picture is empty"
     if parameter(a) is None:
         return "the norm's weight and bias have a dtype of their own"
-    vectors = (a.mean, a.variance, a.norm_weight, a.norm_bias, a.bias)
-    if not all(vector is None or vector.is_contiguous() for vector in vectors):
+    if not all(vector is None or vector.is_contiguous() for vector in (a.mean, a.variance, a.bias)):
         return "a vector of the norm is not contiguous"
+    if not (dense_channels(a.norm_weight) and dense_channels(a.norm_bias)):
+        return "a norm's weight or bias is not contiguous"
     if any(v is not None and v.dtype != torch.float32 for v in (a.mean, a.variance)):
         return "the statistics are not float32"
     if not usable_or_warn():
@@ -67,9 +68,9 @@ def parameter(a: Arguments) -> int | None:
 
 def norm_arguments(a: Arguments) -> tuple[int | float, ...]:
     """What ``Norm`` in csrc/norm.cuh is made of, for ``NORM_SIGNATURE``."""
-    channels = a.input.shape[1] if a.mean is not None and a.mean.dim() == 2 else 0
     return (
-        pointer(a.mean), pointer(a.variance), pointer(a.norm_weight), pointer(a.norm_bias), a.eps, channels,
+        pointer(a.mean), pointer(a.variance), pointer(a.norm_weight), pointer(a.norm_bias), a.eps,
+        image_stride(a.mean), image_stride(a.norm_weight), image_stride(a.norm_bias),
     )  # fmt: skip
 
 

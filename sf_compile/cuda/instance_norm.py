@@ -18,6 +18,8 @@ from sf_compile.cuda.launcher import Kernel, load
 from sf_compile.cuda.layout import (
     DTYPES,
     LOWER,
+    dense_channels,
+    image_stride,
     is_channels_last,
     multiprocessors,
     parameter_dtype,
@@ -66,13 +68,13 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
 def _slab_kernel(index: int, slab: SlabVariant, parameter: int, waits: bool) -> Kernel:
     constants = slab_constants(slab, parameter)
     mode = "cooperative" if waits else "ordinary"
-    return load(SLAB_SOURCE, "instance_norm", constants, index, "PPPPPPffiqiii", mode=mode)
+    return load(SLAB_SOURCE, "instance_norm", constants, index, "PPPPPPqqffiqiii", mode=mode)
 
 
 @functools.cache
 def _plane_kernel(index: int, dtype: int, parameter: int, vector: int, held: int) -> Kernel:
     constants = plane_constants(dtype, parameter, vector, held)
-    return load(PLANE_SOURCE, "instance_norm_plane", constants, index, "PPPPPffii")
+    return load(PLANE_SOURCE, "instance_norm_plane", constants, index, "PPPPPqqffii")
 
 
 def plane_block(vectors: int) -> tuple[int, int]:
@@ -87,20 +89,22 @@ def instance_norm(a: Arguments) -> Tensor:
     parameter = parameter_dtype(input.dtype, weight, bias)
     dense = is_channels_last if channels_last else Tensor.is_contiguous
     inputs = [t for t in (input, residual) if t is not None]
-    if parameter is None or not usable(input) or not all(dense(t) for t in inputs):
+    vectors = dense_channels(weight) and dense_channels(bias)
+    if parameter is None or not vectors or not usable(input) or not all(dense(t) for t in inputs):
         return normalize(input, a.norm(*statistics(input)), residual, channels_last)
     n, c, h, w = input.shape
     index, dtype = input.device.index, DTYPES[input.dtype]
     lower = LOWER[activation]
     out = empty_image(input.shape, input, channels_last)
     pointers = (pointer(input), pointer(residual), pointer(out), pointer(weight), pointer(bias))
+    strides = (image_stride(weight), image_stride(bias))
     small = h * w * input.element_size() <= _PLANE_BYTES and 2 * n * c >= multiprocessors(index)
     if input.is_contiguous() and out.is_contiguous() and small:
         vector = vector_width(h * w, input, residual)
         if h * w <= vector * _PLANE_VECTORS:
             held, threads = plane_block(h * w // vector)
             kernel = _plane_kernel(index, dtype, parameter, vector, held)
-            kernel.launch((n * c, 1, 1), threads, 0, (*pointers, eps, lower, c, h * w))
+            kernel.launch((n * c, 1, 1), threads, 0, (*pointers, *strides, eps, lower, c, h * w))
             return out
     slabs = cut(input, _THREADS, 1, residual)
     variant = slabs.variant
@@ -109,6 +113,8 @@ def instance_norm(a: Arguments) -> Tensor:
     slots = left // step_bytes
     _slab_kernel(index, variant, parameter, slabs.slices > 1).launch(
         slabs.grid, _THREADS, slots * step_bytes,
-        (*pointers, phased(input, slabs), eps, lower, c, h * w, slabs.turns, slabs.rest, slots),
+        (
+            *pointers, phased(input, slabs), *strides, eps, lower, c, h * w, slabs.turns, slabs.rest, slots,
+        ),
     )  # fmt: skip
     return out

@@ -39,6 +39,16 @@ def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
+def image_stride(vector: Tensor | None) -> int:
+    """Elements from an image's numbers to the next's in (N, C); 0 where all images share (C,), or of none."""
+    return 0 if vector is None or vector.dim() == 1 else vector.stride(0)
+
+
+def dense_channels(vector: Tensor | None) -> bool:
+    """Whether the channels of (C,) or (N, C) lie next to each other; so of none."""
+    return vector is None or vector.shape[-1] < 2 or vector.stride(-1) == 1
+
+
 def vector_width(extent: int, *tensors: Tensor | None) -> int:
     """Elements an access can have: up to 16 bytes, dividing ``extent``, aligned in every tensor given."""
     bits = extent

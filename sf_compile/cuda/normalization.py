@@ -16,6 +16,8 @@ from sf_compile.cuda.layout import (
     DTYPES,
     LOWER,
     PADS,
+    dense_channels,
+    image_stride,
     is_channels_last,
     multiprocessors,
     parameter_dtype,
@@ -34,7 +36,7 @@ _THREADS = 256
 _UNROLL = 4
 _RESIDENT = 3  # blocks of the channels_last kernel that a multiprocessor holds at once
 _GRID_LIMIT = 65535
-_SIGNATURE = "PPPPPPPPffqiiiiiiii"
+_SIGNATURE = "PPPPPPPPffqqqiiiiiiii"
 _FACTORS = (1, 2, 0)  # compiled in; 0 takes the factor at run time
 _EXTRA = {CHANNELS_LAST: "iii", CONTIGUOUS: "q", STRIDED: "iiqqqqqqqq"}
 
@@ -122,6 +124,7 @@ def apply(
     parameter = parameter_dtype(x.dtype, weight, bias)
     if parameter is None:
         weight, bias, parameter = _float(weight), _float(bias), DTYPES[torch.float32]
+    weight, bias = (v if v is None or dense_channels(v) else v.contiguous() for v in (weight, bias))
     moves = upsample > 1 or any(padding)
     inputs = [t for t in (x, residual) if t is not None]
     if channels_last and keep_channels_last and all(is_channels_last(t) for t in inputs):
@@ -137,7 +140,8 @@ def apply(
     arguments = (
         pointer(x), pointer(residual), pointer(out), pointer(kept), pointer(mean), pointer(variance),
         pointer(weight), pointer(bias), norm.eps, LOWER[norm.activation],
-        c if mean is not None and mean.dim() == 2 else 0, c, h, w, upsample, top, left, out_h, out_w,
+        image_stride(mean), image_stride(weight), image_stride(bias), c, h, w, upsample, top, left, out_h,
+        out_w,
     )  # fmt: skip
     if layout == CHANNELS_LAST:
         groups = c // width

@@ -21,6 +21,7 @@ from sf_compile.cuda import (
     halo_conv,
     instance_norm,
     last_conv,
+    norm_statistics,
     normalization,
     residual_trunk,
     statistics,
@@ -38,6 +39,7 @@ def every(arch: str) -> Iterator[tuple[str, dict[str, int]]]:
     too: of them, the layers of the known networks stand for the rest.
     """
     yield from statistics.variants()
+    yield from norm_statistics.variants()
     yield from normalization.variants()
     yield from instance_norm.variants()
     if arch == "sm_90a":

@@ -108,7 +108,7 @@ class _Finder:
         self.order = {node: i for i, node in enumerate(graph.graph.nodes)}
         self.taken: set[fx.Node] = set()
         self.sites: list[Match] = []
-        self.misses: dict[str, Miss] = {}
+        self.misses: dict[str, Miss] = {miss.node: miss for miss in graph.misses}
         self.transform = next((node.name for node in graph.graph.nodes if _is_functorch(node)), None)
 
     def miss(self, miss: Miss) -> None:

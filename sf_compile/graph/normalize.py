@@ -4,7 +4,8 @@ The copy computes exactly what the original does. In-place operations become out
 where that cannot be seen: the tensor written to was made inside the graph by an operation that
 returns a tensor of its own, and nothing that ran before could be a view of it. Later readers of
 the overwritten tensor then read the new one. Every other in-place operation stays as it is, and
-``barriers`` lists it: no fused operation may reach across a barrier.
+``barriers`` lists it: no fused operation may reach across a barrier. A norm that a model spells out becomes
+one node (graph/handwritten_norm.py).
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from sf_compile.graph import handwritten_norm
 from sf_compile.graph.spelling import ADD, FRESH, Spelling, canonical
+from sf_compile.graph.values import Miss, same_shape, value_of
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class NormalizedGraph:
             a number, say) means something else.
         barriers: Nodes that write into a tensor or switch a mode, in graph order.
         autocast: Names of the nodes inside an autocast region.
+        misses: What looks like a hand-written norm and is left as it is, with the reason.
     """
 
     root: fx.GraphModule
@@ -63,22 +66,11 @@ class NormalizedGraph:
     canonical: frozenset[fx.Node]
     barriers: tuple[fx.Node, ...]
     autocast: frozenset[str]
+    misses: tuple[Miss, ...] = ()
 
     def as_module(self) -> fx.GraphModule:
         """A module that runs the graph as it is now; generating its code takes longer than the matching."""
         return fx.GraphModule(self.root, self.graph)
-
-
-def value_of(node: Any) -> Any:
-    """The fake tensor (or symbolic number) that Dynamo recorded for ``node``; None if it has none."""
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
-
-
-def same_shape(a: Any, b: Any) -> bool:
-    """Whether two tensors surely have one shape, without adding a guard on a symbolic size."""
-    return len(a.shape) == len(b.shape) and all(
-        statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True)
-    )
 
 
 def normalize(gm: fx.GraphModule, example_inputs: list[Any] | None = None) -> NormalizedGraph:
@@ -95,6 +87,7 @@ def normalize(gm: fx.GraphModule, example_inputs: list[Any] | None = None) -> No
         value, original_output = output
         graph.output(value).meta.update(original_output.meta)
     _record_values(gm, graph, example_inputs)
+    misses = handwritten_norm.gather(graph, _barriers(graph), _autocast_regions(graph))
     respelled: set[fx.Node] = set()
     for node in list(graph.nodes):
         spelling = canonical(node)
@@ -105,7 +98,9 @@ def normalize(gm: fx.GraphModule, example_inputs: list[Any] | None = None) -> No
         _respell(node, spelling)
         respelled.add(node)
     graph.lint()
-    return NormalizedGraph(gm, graph, frozenset(respelled), _barriers(graph), _autocast_regions(graph))
+    return NormalizedGraph(
+        gm, graph, frozenset(respelled), _barriers(graph), _autocast_regions(graph), tuple(misses)
+    )
 
 
 def _record_values(root: fx.GraphModule, graph: fx.Graph, example_inputs: list[Any] | None) -> None:

@@ -12,7 +12,7 @@ never turn a symbolic size into a number, so they add no guard.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,21 +20,13 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sf_compile.graph import spelling
-from sf_compile.graph.normalize import value_of
+from sf_compile.graph.values import Miss, value_of, whole_images
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEVICES = ("cpu", "cuda")
 # Beyond 8, floor(i * (1 / factor)) in float32 has not been shown to equal i // factor.
 UPSAMPLE_FACTORS = (2, 3, 4, 5, 6, 7, 8)
 PADDING_MODES = {"reflect": "reflect", "replicate": "replicate", "constant": "zeros"}
-
-
-@dataclass(frozen=True)
-class Miss:
-    """``node`` is left as it is, because of ``reason``."""
-
-    node: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -72,13 +64,27 @@ class Conv(Step):
 
 @dataclass(frozen=True)
 class Norm(Step):
-    """An instance norm, or (``mean`` and ``variance`` given) a norm with running statistics."""
+    """A norm by the picture's own statistics, or (``mean`` and ``variance`` given) by running ones.
+
+    ``weight`` and ``bias`` are (C,) or (N, C). Own statistics are those of an instance norm (the biased
+    variance of each channel, eps inside of the root) unless ``groups``, ``correction`` or ``outer_eps`` say
+    otherwise, as in ``styleforge::norm_statistics``.
+    """
 
     mean: fx.Node | None
     variance: fx.Node | None
     weight: fx.Node | None
     bias: fx.Node | None
     eps: Any
+    groups: int | None = None
+    correction: Any = 0
+    outer_eps: Any = None
+
+    @property
+    def statistics(self) -> tuple[int | None, Any, Any] | None:
+        """The last arguments of ``norm_statistics``; None where the channels' own statistics are used."""
+        plain = self.groups is None and self.correction == 0 and self.outer_eps is None
+        return None if plain else (self.groups, self.correction, self.outer_eps)
 
 
 @dataclass(frozen=True)
@@ -229,6 +235,37 @@ def batch_norm(node: fx.Node) -> Norm | Miss:
     return _norm(node, input, mean, variance, weight, bias, eps, "batch norm")
 
 
+def group_norm(node: fx.Node) -> Norm | Miss:
+    """F.group_norm: by the picture's own statistics over groups of channels."""
+    input, groups, weight, bias, eps = _arguments(node)
+    if not isinstance(groups, int):
+        return Miss(node.name, "group norm whose number of groups is not a constant")
+    norm = _norm(node, input, None, None, weight, bias, eps, "group norm")
+    if isinstance(norm, Miss) or statically_known_true(value_of(input).shape[1] == groups):
+        return norm  # a group for each channel is an instance norm
+    return replace(norm, groups=groups)
+
+
+def layer_norm(node: fx.Node) -> Norm | Miss:
+    """F.layer_norm over (C, H, W), without a weight and bias for every pixel."""
+    input, shape, weight, bias, eps = _arguments(node)
+    if not whole_images(shape, value_of(input)):
+        return Miss(node.name, "layer norm over other dimensions than (C, H, W)")
+    if weight is not None or bias is not None:
+        return Miss(node.name, "layer norm with a weight and bias for every pixel")
+    norm = _norm(node, input, None, None, None, None, eps, "layer norm")
+    return norm if isinstance(norm, Miss) else replace(norm, groups=1)
+
+
+def picture_norm(node: fx.Node) -> Norm | Miss:
+    """A hand-written norm, as graph/handwritten_norm.py put it."""
+    input, weight, bias, groups, correction, eps, outer_eps = _arguments(node)
+    norm = _norm(node, input, None, None, weight, bias, eps, "norm")
+    if isinstance(norm, Miss):
+        return norm
+    return replace(norm, groups=groups, correction=correction, outer_eps=outer_eps)
+
+
 def _norm(
     node: fx.Node, input: Any, mean: Any, variance: Any, weight: Any, bias: Any, eps: Any, what: str
 ) -> Norm | Miss:
@@ -262,4 +299,7 @@ CONVOLUTIONS: dict[Any, Callable[[fx.Node], Conv | Miss]] = {spelling.CONV2D: co
 NORMS: dict[Any, Callable[[fx.Node], Norm | Miss]] = {
     spelling.INSTANCE_NORM: instance_norm,
     spelling.BATCH_NORM: batch_norm,
+    spelling.GROUP_NORM: group_norm,
+    spelling.LAYER_NORM: layer_norm,
+    spelling.PICTURE_NORM: picture_norm,
 }

@@ -141,7 +141,8 @@ class _Planner:
         if site.conv is not None:
             return "styleforge::conv2d"
         assert site.norm is not None
-        return "styleforge::instance_norm" if site.norm.mean is None else "styleforge::normalize"
+        plain = site.norm.mean is None and site.norm.statistics is None
+        return "styleforge::instance_norm" if plain else "styleforge::normalize"
 
     def statistics_op(self, site: Match) -> str:
         """The op of a norm without a convolution, whose finish is deferred."""
@@ -151,6 +152,8 @@ class _Planner:
     def drops_bias(self, site: Match) -> bool:
         """A bias before an instance norm has no effect; training still wants its (zero) gradient."""
         if site.conv is None or site.conv.bias is None or site.norm is None or site.norm.mean is not None:
+            return False
+        if site.norm.groups is not None:  # the mean of several channels does not remove the bias of each
             return False
         switches = any(node.target is torch._C._set_grad_enabled for node in self.graph.barriers)
         return not ((torch.is_grad_enabled() or switches) and value_of(site.conv.bias).requires_grad)

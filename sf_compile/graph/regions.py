@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-OPS = ("conv2d", "normalize", "instance_norm", "instance_statistics", "residual_trunk")
+OPS = (
+    "conv2d", "normalize", "instance_norm", "instance_statistics", "norm_statistics", "residual_trunk",
+)  # fmt: skip
 """The ops, of the ``styleforge`` namespace, that a region may hold: those that earlier stages write."""
 
 

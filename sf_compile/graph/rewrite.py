@@ -78,10 +78,17 @@ class _Writer:
                     variance = self.graph.call_function(getitem, (out, 2))
             else:
                 raw = site.input
-                if decision.finish == "deferred" and mean is None:
+                norm = site.norm
+                assert norm is not None
+                if mean is None and (decision.finish == "deferred" or norm.statistics is not None):
                     out = self.call("instance_statistics", (raw,))
                     mean = self.graph.call_function(getitem, (out, 0))
                     variance = self.graph.call_function(getitem, (out, 1))
+        if site.norm is not None and site.norm.statistics is not None:
+            with self.graph.inserting_before(site.norm.node):  # where its eps is known, which may be a node
+                out = self.call("norm_statistics", (raw, mean, variance, *site.norm.statistics))
+                mean = self.graph.call_function(getitem, (out, 0))
+                variance = self.graph.call_function(getitem, (out, 1))
         if decision.finish == "deferred":
             assert decision.deferred_to is not None
             self.pending[decision.deferred_to] = _Pending(raw, mean, variance, site, decision.keep)

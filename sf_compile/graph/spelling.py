@@ -10,6 +10,9 @@ to know one spelling of each operation. The arguments of a canonical node are:
     conv2d          (input, weight, bias, stride, padding, dilation, groups)
     instance_norm   (input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     batch_norm      (input, running_mean, running_var, weight, bias, training, momentum, eps)
+    group_norm      (input, num_groups, weight, bias, eps)
+    layer_norm      (input, normalized_shape, weight, bias, eps)
+    picture_norm    (input, weight, bias, groups, correction, eps, outer_eps)   graph/picture_norm.py
     relu            (input,)
     add             (input, other)
 """
@@ -25,16 +28,23 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from sf_compile.graph.picture_norm import picture_norm
+
 INTERPOLATE: Callable[..., Any] = F.interpolate
 PAD: Callable[..., Any] = torch._C._nn.pad
 CONV2D: Callable[..., Any] = torch.conv2d
 INSTANCE_NORM: Callable[..., Any] = F.instance_norm
 BATCH_NORM: Callable[..., Any] = F.batch_norm
+GROUP_NORM: Callable[..., Any] = F.group_norm
+LAYER_NORM: Callable[..., Any] = F.layer_norm
+PICTURE_NORM: Callable[..., Any] = picture_norm
 RELU: Callable[..., Any] = torch.relu
 ADD: Callable[..., Any] = torch.add
 
 # What these return is a tensor of its own, never a view or an alias of an argument.
-FRESH = frozenset({INTERPOLATE, PAD, CONV2D, INSTANCE_NORM, BATCH_NORM, RELU, ADD})
+FRESH = frozenset({INTERPOLATE, PAD, CONV2D, INSTANCE_NORM, BATCH_NORM, RELU, ADD}) | {
+    GROUP_NORM, LAYER_NORM, PICTURE_NORM,
+}  # fmt: skip
 
 
 class Spelling(NamedTuple):
@@ -67,6 +77,20 @@ def _conv2d(
 def _pad(input: Any, pad: Any, mode: Any = "constant", value: Any = None) -> Spelling:
     padding = tuple(pad) if isinstance(pad, Sequence) else pad
     return Spelling(PAD, (input, padding, mode, value))
+
+
+def _group_norm(
+    input: Any, num_groups: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5,
+    cudnn_enabled: Any = True,
+) -> Spelling:  # fmt: skip
+    return Spelling(GROUP_NORM, (input, num_groups, weight, bias, eps))
+
+
+def _layer_norm(
+    input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5,
+    cudnn_enable: Any = True,
+) -> Spelling:  # fmt: skip
+    return Spelling(LAYER_NORM, (input, normalized_shape, weight, bias, eps))
 
 
 def _relu(input: Any, inplace: Any = False) -> Spelling:
@@ -105,6 +129,11 @@ _FUNCTIONS: dict[Any, Callable[..., Spelling | None]] = {
     INTERPOLATE: _positional(F.interpolate),
     INSTANCE_NORM: _positional(F.instance_norm),
     BATCH_NORM: _positional(F.batch_norm),
+    GROUP_NORM: _group_norm,
+    torch.group_norm: _group_norm,
+    LAYER_NORM: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    PICTURE_NORM: _positional(picture_norm),
     RELU: _relu,
     F.relu: _relu,
     torch.relu_: _relu_,

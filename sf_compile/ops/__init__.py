@@ -9,6 +9,7 @@ from sf_compile.ops.blocks import conv_instance_norm, conv_reflection_pad, resid
 from sf_compile.ops.conv2d import conv2d
 from sf_compile.ops.instance_norm import instance_norm
 from sf_compile.ops.instance_statistics import instance_statistics
+from sf_compile.ops.norm_statistics import norm_statistics
 from sf_compile.ops.normalize import normalize
 from sf_compile.ops.residual_trunk import residual_trunk
 
@@ -18,6 +19,7 @@ __all__ = [
     "conv_reflection_pad",
     "instance_norm",
     "instance_statistics",
+    "norm_statistics",
     "normalize",
     "residual_block",
     "residual_trunk",

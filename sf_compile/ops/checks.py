@@ -65,7 +65,7 @@ def check_residual(op: str, input: Tensor, residual: Tensor | None) -> None:
 
 
 def check_channels(op: str, input: Tensor, **vectors: Tensor | None) -> None:
-    """Every given vector must be (C,): one value for each channel of ``input``."""
+    """Every given vector must be (C,) or (N, C): a value for each channel of ``input``, or of each image."""
     for name, vector in vectors.items():
         if vector is not None:
             _check_vector(op, input, name, vector)
@@ -73,8 +73,11 @@ def check_channels(op: str, input: Tensor, **vectors: Tensor | None) -> None:
 
 def _check_vector(op: str, input: Tensor, name: str, vector: Tensor) -> None:
     require(
-        vector.dim() == 1 and vector.shape[0] == input.shape[1],
-        lambda: f"styleforge::{op}: {name} must be ({input.shape[1]},), got {tuple(vector.shape)}",
+        vector.dim() in (1, 2)
+        and vector.shape[-1] == input.shape[1]
+        and (vector.dim() == 1 or vector.shape[0] == input.shape[0]),
+        lambda: f"styleforge::{op}: {name} must be ({input.shape[1]},) or "
+        f"({input.shape[0]}, {input.shape[1]}), got {tuple(vector.shape)}",
     )
     require(
         vector.device == input.device,
@@ -90,7 +93,7 @@ def check_norm(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    """``mean`` and ``variance`` come together, (N, C) or (C,); weight and bias only beside them."""
+    """``mean`` and ``variance`` come together, (N, C) or (C,); weight and bias, of either, beside them."""
     require(
         (mean is None) == (variance is None),
         lambda: f"styleforge::{op}: mean and variance must be given together",

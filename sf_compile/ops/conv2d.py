@@ -48,8 +48,7 @@ class Arguments(NamedTuple):
     """The op's arguments, in the schema's order.
 
     Shapes: ``input`` and ``residual`` (N, C, H, W), ``weight`` (O, C, kh, kw), ``bias`` (O,), ``mean`` and
-    ``variance`` (N, C) or (C,), ``norm_weight`` and ``norm_bias`` (C,). ``padding`` is left, right, top,
-    bottom.
+    ``variance``, ``norm_weight`` and ``norm_bias`` (N, C) or (C,). ``padding`` is left, right, top, bottom.
     """
 
     input: Tensor

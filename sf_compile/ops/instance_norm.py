@@ -20,7 +20,7 @@ SCHEMA = (
 
 
 class Arguments(NamedTuple):
-    """The op's arguments, in the schema's order."""
+    """The op's arguments, in the schema's order; ``weight`` and ``bias`` are (C,) or (N, C)."""
 
     input: Tensor
     weight: Tensor | None

@@ -22,7 +22,10 @@ SCHEMA = (
 
 
 class Norm(NamedTuple):
-    """The norm and activation that ``normalize`` applies; without mean, variance: the activation alone."""
+    """The norm and activation that ``normalize`` applies; without mean, variance: the activation alone.
+
+    Mean, variance, weight and bias are (C,) or (N, C).
+    """
 
     mean: Tensor | None
     variance: Tensor | None

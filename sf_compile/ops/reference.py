@@ -4,6 +4,7 @@ This is the CPU implementation, the oracle of the tests, and what runs on a GPU 
 be compiled. Sixteen-bit pictures are normalised in float32 and rounded once, at the end.
 
     statistics   mean[n, c], variance[n, c] = E[x], E[(x - mean)^2] over the pixels of one channel
+    norm_statistics   those of groups of channels, unbiased, and with an eps beside the root
     normalize    act((x - mean) / sqrt(variance + eps) * weight + bias) + residual
     prepare      pad(upsample(...)): an index map, no arithmetic
     convolution  the cross-correlation of torch.nn.functional.conv2d
@@ -18,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sf_compile.ops.checks import statistics_dtype
+
+CONSTANT_ROOT = 2.0**-10
+"""Where no pixel differs from the mean any root will do; one of this share of the mean loses no digits."""
 
 _TORCH_PAD_MODE = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
 
@@ -48,6 +52,29 @@ def statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     correction = centred.mean((2, 3))
     variance = centred.square_().mean((2, 3)) - correction.square()
     return about + correction, variance.clamp_min_(0)
+
+
+def norm_statistics(
+    mean: Tensor, variance: Tensor, groups: int | None, bessel: float, outer_eps: float | None
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance (N, C) that a norm uses; see ``sf_compile.ops.norm_statistics``.
+
+    Channels of one size merge without a difference of squares: M = E[m], V = E[v + (m - M)^2]. ``bessel`` is
+    n / (n - correction).
+    """
+    mean, variance = (v.clone(memory_format=torch.contiguous_format) for v in (mean, variance))
+    if groups is not None:
+        means = mean.unflatten(1, (groups, -1))
+        mean = means.mean(2, keepdim=True)
+        merged = variance.unflatten(1, (groups, -1)) + (means - mean).square()
+        mean, variance = (v.repeat_interleave(means.shape[2], 1) for v in (mean.squeeze(2), merged.mean(2)))
+    variance = variance * bessel
+    if outer_eps is None:
+        return mean, variance
+    root = variance.sqrt() + outer_eps
+    if outer_eps > 0:
+        root = torch.where(variance == 0, root.maximum(mean.abs() * CONSTANT_ROOT), root)
+    return mean, root.square()
 
 
 def per_channel(vector: Tensor) -> Tensor:
