@@ -18,7 +18,9 @@
 // pixel that belongs to the other pixel of the pair).
 //
 // Constants: DTYPE, PARAMETER, CHANNELS (of the input), KERNEL (3, 5, 7, 9), MMA_N, BOX (pixels of a tensor
-// store, which divide a strip), PAD (1 zeros, 2 reflect, 3 replicate), STATISTICS, BIAS, RELU (0 or 1).
+// store, which divide a strip), PAD (1 zeros, 2 reflect, 3 replicate), STATISTICS, BIAS,
+// OUTPUT_ACTIVATION (of activation.cuh).
+#include "activation.cuh"
 #include "channel_sums.cuh"
 #include "hopper.cuh"
 
@@ -140,22 +142,23 @@ struct Unit {
   }
 };
 
-DEVICE u32 finished(float first, float second, float bias) {
+DEVICE u32 finished(float first, float second, float bias, const Activation& a) {
   if (BIAS) first += bias, second += bias;
-  return RELU ? pack_relu(first, second) : pack<DTYPE>(first, second);
+  if (OUTPUT_ACTIVATION == RECTIFIED) return pack_relu(first, second);
+  return pack<DTYPE>(activate_and_scale<OUTPUT_ACTIVATION>(first, a), activate_and_scale<OUTPUT_ACTIVATION>(second, a));
 }
 
 // Round a unit, write it to the staging memory as [pixel][32 channels], swizzled by 64 bytes, and take its
 // statistics. A thread has two channels and every 16th pixel and the one 2 beyond it; the first of the former
 // is `remaining` pixels from the end of the row.
 template <bool kWhole>
-DEVICE void write_unit(const float (&d)[MMA_N / 2], const float (&bias)[2], u32 to, QuadSums& statistics,
-                       int remaining) {
+DEVICE void write_unit(const float (&d)[MMA_N / 2], const float (&bias)[2], const Activation& activation, u32 to,
+                       QuadSums& statistics, int remaining) {
   u32 before[2];
   if (STATISTICS && statistics.count == 0)
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const float pivot = low(finished(d[2 * i], d[2 * i + 1], bias[i]));
+      const float pivot = low(finished(d[2 * i], d[2 * i + 1], bias[i], activation));
       statistics.sums[i].start(kWhole || remaining > 0 ? pivot : 0.f);
     }
 #pragma unroll
@@ -164,7 +167,7 @@ DEVICE void write_unit(const float (&d)[MMA_N / 2], const float (&bias)[2], u32 
     u32 pairs[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      pairs[i] = finished(d[4 * g + 2 * i], d[4 * g + 2 * i + 1], bias[i]);
+      pairs[i] = finished(d[4 * g + 2 * i], d[4 * g + 2 * i + 1], bias[i], activation);
       if (!STATISTICS) continue;
       PivotSum& sum = statistics.sums[i];
       if (kWhole) sum.add(low(pairs[i])), sum.add(high(pairs[i]));
@@ -183,7 +186,8 @@ DEVICE void write_unit(const float (&d)[MMA_N / 2], const float (&bias)[2], u32 
 // of GROUP channels and BOX pixels of a row, swizzled by 64 bytes. Images x strips x rows < 2^31.
 extern "C" __global__ void __launch_bounds__(384, 1) first_conv(
     const __grid_constant__ TensorMap out, const element* x, const element* weights, const element* bias,
-    SumsWorkspace* workspace, float* mean, float* variance, i64 x_image, i64 x_channel, i64 x_row,
+    Activation activation, SumsWorkspace* workspace, float* mean, float* variance, i64 x_image, i64 x_channel,
+    i64 x_row,
     int x_pixel, int images, int height, int width, int out_channels, int out_height, int out_width, int top,
     int left, int strips) {
   extern __shared__ unsigned char memory[];
@@ -290,8 +294,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) first_conv(
     released = keep;
     named_barrier(1 + warpgroup, 128);
     const int remaining = out_width - x0 - lane % 4 * 4 - parity;
-    if (x0 + STRIP <= out_width) write_unit<true>(d, added, to, statistics, remaining);
-    else write_unit<false>(d, added, to, statistics, remaining);
+    if (x0 + STRIP <= out_width) write_unit<true>(d, added, activation, to, statistics, remaining);
+    else write_unit<false>(d, added, activation, to, statistics, remaining);
     async_fence();
     named_barrier(1 + warpgroup, 128);
     if (lane == 0) {

@@ -20,8 +20,10 @@
 //
 // Constants: DTYPE, PARAMETER, CHANNELS (in), OUT_CHANNELS, KERNEL_H, KERNEL_W, STRIDE (1, 2), SUBPIXEL, PAD (0 none,
 // 1 zeros, 2 reflect, 3 replicate; of the source when SUBPIXEL), SLOT_CHANNELS (16, 32), SLOTS, STREAMED, TRANSFORM (0
-// where the input is finished), RELU, STATISTICS, BIAS, OUTPUT_RELU.
+// where the input is finished), ACTIVATION (of activation.cuh: one of its first few), STATISTICS, BIAS,
+// OUTPUT_ACTIVATION.
 #define MMA_N 256
+#include "activation.cuh"
 #include "channel_sums.cuh"
 #include "halo_tile.cuh"
 #include "hopper.cuh"
@@ -31,8 +33,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     halo_conv(const __grid_constant__ TensorMap map, const __grid_constant__ OutMaps out_maps,
               const unsigned char* __restrict__ weights, const float* mean, const float* variance,
               const parameter* norm_weight, const parameter* norm_bias, float eps, i64 image_stride, i64 weight_stride,
-              i64 bias_stride, element* out, const element* bias, SumsWorkspace* workspace, float* out_mean,
-              float* out_variance, int images, int height, int width, int out_height, int out_width, int top, int left,
+              i64 bias_stride, Activation activation, Activation output_activation, element* out, const element* bias,
+              SumsWorkspace* workspace, float* out_mean, float* out_variance, int images, int height, int width, int out_height, int out_width, int top, int left,
               int tiles_x, int tiles_per_image, u64 line_reciprocal, u64 image_reciprocal) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const u32 stages = shared_address(shared), slots = stages + 4 * STAGE_BYTES, weight_base = slots + SLOTS * SLOT_BYTES;
@@ -193,7 +195,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         }
         auto apply = [&](u32 pair, int i) {
           const float a = affine[2 * i](low(pair)), b = affine[2 * i + 1](high(pair));
-          return RELU ? pack_relu(a, b) : pack<DTYPE>(a, b);
+          if (ACTIVATION == RECTIFIED) return pack_relu(a, b);
+          return pack<DTYPE>(activate<ACTIVATION>(a, activation), activate<ACTIVATION>(b, activation));
         };
         barrier_wait(raw + 8 * (use % SLOTS), use / SLOTS & 1);
 #pragma unroll
@@ -316,7 +319,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       // Two neighbouring accumulators, of one channel, as they are written.
       auto finished = [&](int i) {
         const float bias_i = add[i >> 1 & 1], a = BIAS ? d[i] + bias_i : d[i], b = BIAS ? d[i + 1] + bias_i : d[i + 1];
-        return OUTPUT_RELU ? pack_relu(a, b) : pack<DTYPE>(a, b);
+        if (OUTPUT_ACTIVATION == RECTIFIED) return pack_relu(a, b);
+        return pack<DTYPE>(activate_and_scale<OUTPUT_ACTIVATION>(a, output_activation),
+                           activate_and_scale<OUTPUT_ACTIVATION>(b, output_activation));
       };
       if (STATISTICS && tile.image != image) {
         flush();

@@ -9,8 +9,10 @@
 // slots * 2 * THREADS vectors, slots >= AHEAD.
 //
 // `published`, groups * slices * GROUP words, is of one phase before the launch and of the other after it.
-// Absent parts are null pointers. Constants: DTYPE, PARAMETER, CHANNELS_LAST, VECTOR, LANES.
+// Absent parts are null pointers. Constants: DTYPE, PARAMETER, CHANNELS_LAST, VECTOR, LANES, ACTIVATION (of
+// activation.cuh).
 #define THREADS 640  // with up to 96 registers each, none is spilled
+#include "activation.cuh"
 #include "slab.cuh"
 
 // (x - center) * scale + shift is the normalised value.
@@ -30,9 +32,10 @@ DEVICE void set_map(Maps& maps, const Part& total, float base, float pixels, flo
 }
 
 struct Finish {
-  float center[SUMS], scale[SUMS], shift[SUMS], lower;
+  float center[SUMS], scale[SUMS], shift[SUMS];
+  Activation activation;
 
-  DEVICE Finish(const Maps& maps, int lane, float lower) : lower(lower) {
+  DEVICE Finish(const Maps& maps, int lane, const Activation& activation) : activation(activation) {
 #pragma unroll
     for (int s = 0; s < SUMS; s++) {
       const int channel = lane * SUMS + s;
@@ -45,7 +48,8 @@ struct Finish {
 #pragma unroll
     for (int v = 0; v < VECTOR; v++) {
       const int s = SUMS == 1 ? 0 : v;
-      out[v] = clamp_below(fmaf(to_float<DTYPE>(in.values[v]) - center[s], scale[s], shift[s]), lower);
+      const float normed = fmaf(to_float<DTYPE>(in.values[v]) - center[s], scale[s], shift[s]);
+      out[v] = activate_and_scale<ACTIVATION>(normed, activation);
     }
     if (more) {
 #pragma unroll
@@ -108,8 +112,8 @@ DEVICE void write_slab(const Slab& slab, const Finish& finish, const element* x,
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) instance_norm(
     const element* __restrict__ x, const element* __restrict__ residual, element* __restrict__ out,
-    const parameter* weight, const parameter* bias, u64* published, i64 weight_stride, i64 bias_stride,
-    float eps, float lower, int channels, i64 pixels, int turns, int rest, int slots) {
+    const parameter* weight, const parameter* bias, u64* published, i64 weight_stride,
+    i64 bias_stride, float eps, Activation activation,    int channels, i64 pixels, int turns, int rest, int slots) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ Meeting meeting;
   __shared__ __align__(16) Maps maps;
@@ -136,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) instance_norm(
     set_map(maps, total, to_float<DTYPE>(base), (float)pixels, eps, weight ? to_float<PARAMETER>(gamma) : 1.f,
             bias ? to_float<PARAMETER>(beta) : 0.f);
   __syncthreads();
-  const Finish finish(maps, slab.lane, lower);
+  const Finish finish(maps, slab.lane, activation);
   if (residual) write_slab<true>(slab, finish, x, residual, out, ring, slots);
   else write_slab<false>(slab, finish, x, residual, out, ring, slots);
 }

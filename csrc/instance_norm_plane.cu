@@ -4,8 +4,9 @@
 //   out = act((x - mean) / sqrt(variance + eps) * weight + bias) + residual
 //
 // Grid (planes), blockDim.x a multiple of 32 up to 512, VECTOR * HELD * blockDim.x >= pixels.
-// Absent parts are null pointers. Constants: DTYPE, PARAMETER, VECTOR, HELD (vectors a thread keeps).
-// Pixels are a multiple of VECTOR and planes start on a vector.
+// Absent parts are null pointers. Constants: DTYPE, PARAMETER, VECTOR, HELD (vectors a thread keeps), ACTIVATION (of
+// activation.cuh). Pixels are a multiple of VECTOR and planes start on a vector.
+#include "activation.cuh"
 #include "moments.cuh"
 
 // The moments of a whole block, valid in every thread.
@@ -26,8 +27,8 @@ DEVICE Moments block_merge(Moments a) {
 
 extern "C" __global__ void __launch_bounds__(512, 1) instance_norm_plane(
     const element* __restrict__ x, const element* __restrict__ residual, element* __restrict__ out,
-    const parameter* weight, const parameter* bias, i64 weight_stride, i64 bias_stride, float eps, float lower,
-    int channels, int pixels) {
+    const parameter* weight, const parameter* bias, i64 weight_stride, i64 bias_stride,
+    float eps, Activation activation, int channels,    int pixels) {
   const i64 plane = (i64)blockIdx.x * pixels;
   const int image = blockIdx.x / (u32)channels, channel = blockIdx.x % channels, stride = blockDim.x * VECTOR, first = threadIdx.x * VECTOR;
   const element* from = x + plane;
@@ -63,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) instance_norm_plane(
 #pragma unroll
       for (int v = 0; v < VECTOR; v++) {
         float value = fmaf(to_float<DTYPE>(held[h].values[v]) - center, scale, shift);
-        value = clamp_below(value, lower);
+        value = activate_and_scale<ACTIVATION>(value, activation);
         if (residual) value += to_float<DTYPE>(more.values[v]);
         values[v] = value;
       }

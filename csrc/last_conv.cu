@@ -19,9 +19,11 @@
 //    swizzled operand has them.
 //  * Two warpgroups take the units in turns: one multiplies while the other adds the planes and stores.
 //
-// Constants: DTYPE, PARAMETER, CHANNELS (8, 16, 32, 64), OUT_CHANNELS, KERNEL, RELU, MMA_N, SLOTS (rows of
+// Constants: DTYPE, PARAMETER, CHANNELS (8, 16, 32, 64), OUT_CHANNELS, KERNEL, ACTIVATION and OUTPUT_ACTIVATION (of
+// activation.cuh; of the former its first few, of the latter FLOOR for a ReLU or none), MMA_N, SLOTS (rows of
 // the ring, more than KERNEL), PITCH (floats from plane to plane in shared memory, 8 or 24 modulo 32), HELD
 // (weights in registers; else in shared memory).
+#include "activation.cuh"
 #include "hopper.cuh"
 #include "norm.cuh"
 
@@ -152,8 +154,8 @@ DEVICE void fetch(const Shared& shared, const Geometry& g, const element* x, int
 
 // Three warps: the ring's rows made ready. The swizzle moves the chunk at offset o of a row to
 // o ^ (o / 128 % CHUNKS * 16); the chunks of a column change places inside one warp.
-DEVICE void normalize(const Shared& shared, const Geometry& g, const Norm& norm, int begin, int end,
-                      int thread) {
+DEVICE void normalize(const Shared& shared, const Geometry& g, const Norm& norm, const Activation& activation,
+                      int begin, int end, int thread) {
   constexpr int kStep = NORMALIZING * 16, kUnits = (ROW_BYTES + kStep - 1) / kStep;
   static_assert(kStep / 128 % 4 == 0, "a thread's chunks differ in their swizzle by an XOR with 4 or 0");
   const int channel = thread % (CHANNELS / 8) * 8, mine = thread * 16;
@@ -168,7 +170,8 @@ DEVICE void normalize(const Shared& shared, const Geometry& g, const Norm& norm,
     for (int i = 0; i < 8; i++) affine[i] = norm.at(band.image, channel + i);
     auto apply = [&](u32 pair, int i) {
       const float a = affine[2 * i](low(pair)), b = affine[2 * i + 1](high(pair));
-      return RELU ? pack_relu(a, b) : pack<DTYPE>(a, b);
+      if (ACTIVATION == RECTIFIED) return pack_relu(a, b);
+      return pack<DTYPE>(activate<ACTIVATION>(a, activation), activate<ACTIVATION>(b, activation));
     };
 #pragma unroll 1
     for (int i = 0; i < band.rows; i++) {
@@ -216,8 +219,8 @@ struct Picture {
 
 // Two warpgroups; `group` takes units begin + group, + 2, ...
 DEVICE void multiply_and_add(const Shared& shared, const Geometry& g, const uint4* weights,
-                             const element* bias, float lower, const Picture& picture, int begin, int end,
-                             int group, int thread) {
+                             const element* bias, const Activation& activation, const Picture& picture, int begin,
+                             int end, int group, int thread) {
   const int lane = thread & 31, warp = thread >> 5;
   uint4 held[HELD ? STEPS : 1];
   if (HELD) {  // packed weights are finished long before this launch
@@ -323,7 +326,8 @@ DEVICE void multiply_and_add(const Shared& shared, const Geometry& g, const uint
           if (y < g.out_height && x0 + x < g.out_width) {
 #pragma unroll
             for (int o = 0; o < OUT_CHANNELS; o++)
-              to[o * picture.plane + x * picture.pixel] = from_float<DTYPE>(clamp_below(sum[o], lower));
+              to[o * picture.plane + x * picture.pixel] =
+                  from_float<DTYPE>(activate_and_scale<OUTPUT_ACTIVATION>(sum[o], activation));
           }
         }
       }
@@ -334,12 +338,13 @@ DEVICE void multiply_and_add(const Shared& shared, const Geometry& g, const uint
 }
 
 // Up to one block a multiprocessor, 384 threads; every block has a unit. At least 3 output rows: else the
-// rows that a group passes over could be more than the ring has. `lower` is of the output's activation.
+// rows that a group passes over could be more than the ring has.
 extern "C" __global__ void __launch_bounds__(384, 1) last_conv(
     const element* __restrict__ x, const uint4* __restrict__ weights, const float* mean,
     const float* variance, const parameter* norm_weight, const parameter* norm_bias, float eps,
-    i64 image_stride, i64 weight_stride, i64 bias_stride, const element* bias, element* out, float lower, int channels_last, int images,
-    int height, int width, int out_height, int out_width, int top, int left, int pad) {
+    i64 image_stride, i64 weight_stride, i64 bias_stride, const element* bias, element* out, int images, int height, int width, int out_height,
+    int out_width, int top, int left, int pad, int channels_last, Activation activation,
+    Activation output_activation) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const Shared shared(shared_address(memory));
   const Geometry g = {images, height, width, out_height, out_width, top, left, pad};
@@ -362,12 +367,12 @@ extern "C" __global__ void __launch_bounds__(384, 1) last_conv(
       wait_for_previous();
       const Norm norm = {mean,         variance,      norm_weight, norm_bias, eps,
                          image_stride, weight_stride, bias_stride};
-      normalize(shared, g, norm, begin, end, thread);
+      normalize(shared, g, norm, activation, begin, end, thread);
     }
   } else {
     take_registers<MULTIPLYING_REGISTERS>();
     Picture picture = {out, (i64)out_height * out_width, 1};
     if (channels_last) picture = {out, 1, OUT_CHANNELS};
-    multiply_and_add(shared, g, weights, bias, lower, picture, begin, end, group, thread);
+    multiply_and_add(shared, g, weights, bias, output_activation, picture, begin, end, group, thread);
   }
 }

@@ -5,7 +5,8 @@
 //
 // Every output pixel finds its source by index arithmetic; nothing else is written.
 // Absent parts are null pointers. Constants: DTYPE, PARAMETER, LAYOUT (below), VECTOR, UPSAMPLE (1 or 2; 0 where
-// the factor is only known at run time), PAD (0 none, 1 zeros, 2 reflect, 3 replicate).
+// the factor is only known at run time), ACTIVATION (of activation.cuh), PAD (0 none, 1 zeros, 2 reflect, 3 replicate).
+#include "activation.cuh"
 #include "dependent_launch.cuh"
 #include "norm.cuh"
 
@@ -14,6 +15,8 @@
 #define STRIDED 2        // tensors of different layouts: one element a thread, in the output's order
 
 #define UNROLL 4
+// Of a multiprocessor. Functions with an exponential need more registers.
+#define BLOCKS (ACTIVATION < TANH ? 3 : 2)
 
 // Blocks run from the last pixel to the first: the statistics have just been read in the other
 // direction, so the pixels read last are still in the L2 cache.
@@ -38,15 +41,15 @@ DEVICE bool owns(int at, int before, int size, int factor) {
 #define ARGUMENTS                                                                                          \
   const element *__restrict__ x, const element *__restrict__ residual, element *__restrict__ out,          \
       element *__restrict__ kept, const float *mean, const float *variance, const parameter *weight,       \
-      const parameter *bias, float eps, float lower, i64 image_stride, i64 weight_stride, i64 bias_stride, \
+      const parameter *bias, float eps, Activation activation, i64 image_stride, i64 weight_stride, i64 bias_stride, \
       int channels, int height, int width, int run_time_factor, int top, int left, int out_height, int out_width
 #define FACTOR (UPSAMPLE ? UPSAMPLE : run_time_factor)
 
 #if LAYOUT == CHANNELS_LAST
 // One segment of a row: pixels start, start + columns, ... below end, UNROLL loads in flight.
 template <bool kResidual, bool kKeep> DEVICE void write_row(
-    const Affine (&affine)[VECTOR], float lower, const element* from_row, const element* more_row, element* to_row,
-    element* kept_row, bool zero_row, int start, int end, int columns, int channels, int left, int width, int factor) {
+    const Affine (&affine)[VECTOR], const Activation& activation, const element* from_row, const element* more_row,
+    element* to_row, element* kept_row, bool zero_row, int start, int end, int columns, int channels, int left, int width, int factor) {
   for (int x0 = start; x0 < end; x0 += UNROLL * columns) {
     Vector<VECTOR> in[UNROLL], more[UNROLL];
     int from[UNROLL];
@@ -63,7 +66,7 @@ template <bool kResidual, bool kKeep> DEVICE void write_row(
       float values[VECTOR];
 #pragma unroll
       for (int v = 0; v < VECTOR; v++) {
-        values[v] = clamp_below(affine[v](to_float<DTYPE>(in[u].values[v])), lower);
+        values[v] = activate_and_scale<ACTIVATION>(affine[v](to_float<DTYPE>(in[u].values[v])), activation);
         if (kResidual) values[v] += to_float<DTYPE>(more[u].values[v]);
         if (PAD == 1 && (zero_row || from[u] < 0)) values[v] = 0.f;
       }
@@ -79,7 +82,7 @@ template <bool kResidual, bool kKeep> DEVICE void write_row(
 // Grid (blocks, N, ceil(C / VECTOR / 256)), 256 threads: `lanes` channel groups x pixels. The work is
 // `segments` segments of `segment` pixels for every output row, which has under 2^30 elements; blocks
 // take them in turn.
-extern "C" __global__ void __launch_bounds__(256, 3) normalize(ARGUMENTS, int lanes, int segments, int segment) {
+extern "C" __global__ void __launch_bounds__(256, BLOCKS) normalize(ARGUMENTS, int lanes, int segments, int segment) {
   launch_dependents();
   wait_for_previous();
   const Norm norm = {mean, variance, weight, bias, eps, image_stride, weight_stride, bias_stride};
@@ -97,8 +100,8 @@ extern "C" __global__ void __launch_bounds__(256, 3) normalize(ARGUMENTS, int la
     element* to_row = out + (image * out_height + y) * out_width * channels + channel;
     const bool keeps = kept && owns(y, top, height, factor);
 #define WRITE_ROW(RESIDUAL, KEEP)                                                                              \
-  write_row<RESIDUAL, KEEP>(affine, lower, x + from_row, residual + from_row, to_row, kept + from_row, from_y < 0, \
-                            start + column, end, columns, channels, left, width, factor)
+  write_row<RESIDUAL, KEEP>(affine, activation, x + from_row, residual + from_row, to_row, kept + from_row,    \
+                            from_y < 0, start + column, end, columns, channels, left, width, factor)
     if (residual)
       keeps ? WRITE_ROW(true, true) : WRITE_ROW(true, false);
     else
@@ -134,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) normalize(ARGUMENTS, i64 pl
             float values[VECTOR];
 #pragma unroll
             for (int v = 0; v < VECTOR; v++) {
-              values[v] = clamp_below(affine(to_float<DTYPE>(in[u].values[v])), lower);
+              values[v] = activate_and_scale<ACTIVATION>(affine(to_float<DTYPE>(in[u].values[v])), activation);
               if (residual) values[v] += to_float<DTYPE>(more[u].values[v]);
             }
             const Vector<VECTOR> result = from_floats(values);
@@ -150,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) normalize(ARGUMENTS, i64 pl
           float value = 0.f;
           const i64 i = (i64)from_y * width + from_x;
           if (from_y >= 0 && from_x >= 0) {
-            value = clamp_below(affine(to_float<DTYPE>(from[i])), lower);
+            value = activate_and_scale<ACTIVATION>(affine(to_float<DTYPE>(from[i])), activation);
             if (residual) value += to_float<DTYPE>(add[i]);
           }
           const element result = from_float<DTYPE>(value);
@@ -185,7 +188,8 @@ extern "C" __global__ void __launch_bounds__(256) normalize(
     const int from_x = source(at, left, width, factor);
     float value = 0.f;
     if (from_y >= 0 && from_x >= 0) {
-      value = clamp_below(norm.at(n, c)(to_float<DTYPE>(x[in.at(n, c, from_y, from_x)])), lower);
+      const float normed = norm.at(n, c)(to_float<DTYPE>(x[in.at(n, c, from_y, from_x)]));
+      value = activate_and_scale<ACTIVATION>(normed, activation);
       if (residual) value += to_float<DTYPE>(residual[add.at(n, c, from_y, from_x)]);
     }
     const element result = from_float<DTYPE>(value);

@@ -14,6 +14,7 @@ from torch import Tensor
 from sf_compile import ops
 from sf_compile.cuda import convolution, halo_conv
 from sf_compile.cuda.compiler import KernelKey, compile_kernel
+from sf_compile.ops import reference
 from sf_compile.ops.conv2d import Arguments
 
 
@@ -35,6 +36,8 @@ class Layer(NamedTuple):
     output_relu: bool = False
     statistics: bool = True
     parameter: torch.dtype | None = None  # of the norm's weight and bias; None: the picture's
+    activation: str | None = None  # None: as ``relu`` says
+    output: str = "none"
 
 
 PLAIN = Layer(128, 128)
@@ -48,6 +51,8 @@ SMALL_DOUBLING = Layer(16, 8, upsample=2, mode="replicate", keep=True)
 GENERAL = Layer(
     24, 40, (5, 5), (2, 1, 0, 2), "zeros", norm="running", bias=True, output_relu=True, statistics=False
 )
+LEAKY = Layer(64, 64, activation="leaky_relu(0.2)")
+ENDING = Layer(64, 64, norm="none", relu=False, bias=True, statistics=False)
 
 CASES = (
     (PLAIN, (1, 37, 53), "height and width odd"),
@@ -81,6 +86,13 @@ CASES = (
     (Layer(8, 16, stride=2, mode="zeros", norm="running", relu=False), (8, 21, 35), "8 channels, 8 images"),
     (Layer(32, 32, (3, 5), (2, 2, 1, 1), "zeros", parameter=torch.float32), (1, 13, 37), "3x5, fp32 norm"),
     (Layer(16, 32, (4, 4), stride=2), (1, 22, 70), "4x4, stride 2"),
+    (LEAKY, (2, 19, 43), "a leaky ReLU on the way in"),
+    (LEAKY._replace(norm="none", stride=2), (1, 37, 53), "a leaky ReLU without a norm"),
+    (SKIP._replace(activation="clamp(0.0, 1.5)"), (1, 19, 43), "clamped, and a residual"),
+    (ENDING._replace(output="leaky_relu(0.2)"), (2, 37, 53), "a network without norms"),
+    (ENDING._replace(output="silu"), (1, 16, 64), "SiLU behind the convolution, whole tiles"),
+    (ENDING._replace(output="tanh * 150.0 + 127.5", upsample=2), (1, 19, 27), "scaled, enlarged"),
+    (LARGE_SKIP._replace(activation="gelu"), (1, 20, 33), "GELU: in a pass before the kernel"),
 )
 BFLOAT16 = (PLAIN, SKIP, HALVING, DOUBLING)  # the others' dtype is float16, to compile less
 IDS = [f"{why} {'x'.join(map(str, size))}".replace(":", "").replace(" ", "-") for _, size, why in CASES]
@@ -111,9 +123,10 @@ def made(
         beta = (torch.randn(c, device=device) * 0.3).to(layer.parameter or dtype)
     return Arguments(
         x, weight.to(dtype), torch.randn(o, device=device).to(dtype) if layer.bias else None, mean, variance,
-        gamma, beta, 1e-5, "relu" if layer.relu else "none", amid_nan() if layer.residual else None,
+        gamma, beta, 1e-5, layer.activation or ("relu" if layer.relu else "none"),
+        amid_nan() if layer.residual else None,
         layer.upsample, list(layer.padding), layer.mode, [layer.stride] * 2,
-        "relu" if layer.output_relu else "none", layer.statistics, layer.keep, True,
+        "relu" if layer.output_relu else layer.output, layer.statistics, layer.keep, True,
     )  # fmt: skip
 
 
@@ -141,13 +154,13 @@ def steps(a: Arguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             z = F.instance_norm(z, weight=a.norm_weight.to(dtype), bias=a.norm_bias.to(dtype), eps=a.eps)
         else:
             z = ops.normalize(a.input, *a.norm[:4], a.eps, "none", None, True)
-    z = z.relu() if a.activation == "relu" else z
+    z = reference.activate_(z.clone(), a.activation)
     z = z if a.residual is None else z + a.residual.to(dtype)
     padded = F.interpolate(z, scale_factor=float(a.upsample)) if a.upsample > 1 else z
     if any(a.padding):
         padded = F.pad(padded, a.padding, mode={"zeros": "constant"}.get(a.padding_mode, a.padding_mode))
     out = F.conv2d(padded, a.weight.to(dtype), None if a.bias is None else a.bias.to(dtype), a.stride)
-    return out.relu() if a.output_activation == "relu" else out, z
+    return reference.activate_(out, a.output_activation), z
 
 
 def check_picture(ours: Tensor, eager: Tensor, exact: Tensor) -> None:

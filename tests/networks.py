@@ -88,7 +88,7 @@ def preactivation(m: Net, x: Tensor) -> Tensor:
 def mutated_between(m: Net, x: Tensor) -> Any:
     x = x * 2
     y = reflect(x)
-    x.mul_(3)
+    x.exp_()
     return m.norm(m.conv(y)) + x
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sf_compile.cuda import convolution
+from sf_compile.cuda import activation, convolution
+from sf_compile.cuda.compiler import source_directory
 from sf_compile.ops.conv2d import Arguments
 
 
@@ -57,6 +60,38 @@ def test_a_residual_that_does_not_fit_is_added_by_a_pass_before(choose):
     assert choice(arguments(residual=None)) == (halo, False)
     nothing = choose(kernel("first.cu", lambda a: "no"), kernel("halo.cu", lambda a: "no"))
     assert nothing(arguments()) == (None, False)
+
+
+def test_an_activation_that_costs_too_much_is_applied_by_a_pass_before_any_kernel(choose):
+    first = kernel("first.cu", lambda a: "tanh" if a.activation == "tanh" else None)
+    choice = choose(first, kernel("halo.cu", lambda a: "no"))
+    assert choice(arguments(activation="tanh")) == (first, True)
+    assert choice(arguments(activation="relu")) == (first, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "shared", "numbers", "on_the_way_in"),
+    [
+        ("none", 0, 2, (-math.inf, math.inf, 1.0, -0.0), True),
+        ("relu", 1, 2, (0.0, math.inf, 1.0, -0.0), True),
+        ("relu * 2.0 + 1.0", 4, 4, (0.0, math.inf, 2.0, 1.0), False),
+        ("leaky_relu(0.2)", 3, 3, (0.2, 0.0, 1.0, -0.0), True),
+        ("clamp(-1e+40, 1e+40)", 4, 4, (-math.inf, math.inf, 1.0, -0.0), True),
+        ("hardtanh(0.0, 6.0)", 4, 4, (0.0, 6.0, 1.0, -0.0), True),
+        ("tanh * 150.0 + 127.5", 5, 5, (0.0, 0.0, 150.0, 127.5), False),
+    ],
+)
+def test_what_a_kernel_is_told_of_an_activation(text, code, shared, numbers, on_the_way_in):
+    assert (activation.code(text), activation.shared_code(text)) == (code, shared)
+    assert activation.arguments(text) == numbers
+    assert math.copysign(1, activation.arguments(text)[3]) == math.copysign(1, numbers[3])
+    assert (activation.refusal(text) is None) == on_the_way_in
+
+
+def test_the_functions_have_the_numbers_of_the_source():
+    source = (source_directory() / "activation.cuh").read_text()
+    defined = dict(re.findall(r"#define (\w+) (\d+)", source))
+    assert defined == {name: str(getattr(activation, name)) for name in defined} and len(defined) == 11
 
 
 def test_the_log_says_what_runs_and_why_nothing_else_does(choose, caplog):

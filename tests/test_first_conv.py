@@ -11,6 +11,7 @@ from torch import Tensor
 from sf_compile import ops
 from sf_compile.cuda import first_conv, hopper
 from sf_compile.cuda.launcher import loaded
+from sf_compile.ops import reference
 from sf_compile.ops.conv2d import Arguments
 
 SLOTS = 16  # as in csrc/first_conv.cu
@@ -32,7 +33,7 @@ def convolution(a: Arguments, dtype: torch.dtype) -> Tensor:
     x, weight = a.input.to(dtype), a.weight.to(dtype)
     x = F.pad(x, a.padding, mode="constant" if a.padding_mode == "zeros" else a.padding_mode)
     out = F.conv2d(x, weight, None if a.bias is None else a.bias.to(dtype))
-    return out.relu() if a.output_activation == "relu" else out
+    return reference.activate_(out, a.output_activation)
 
 
 # ---- on the CPU: the kernel's index logic, in float64 ------------------------------------------------
@@ -253,7 +254,7 @@ class TestKernel:
         check_statistics(out, mean, variance)
 
     @pytest.mark.parametrize("bias", [False, True])
-    @pytest.mark.parametrize("activation", ["none", "relu"])
+    @pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu(0.2)", "silu", "gelu * 2.0 + 1.0"])
     @pytest.mark.parametrize("statistics", [False, True])
     def test_bias_activation_and_statistics(self, bias, activation, statistics):
         a = made((2, 3, 30, 70), 40, 9, [4] * 4, "reflect", activation=activation, statistics=statistics)

@@ -20,8 +20,8 @@ COUNTS = list(itertools.product((8, 16, 24, 32, 64, 128), (8, 16, 32, 40, 64, 12
 
 def variant(channels: int, out_channels: int, kernel: tuple[int, int] = (3, 3), **changes) -> Variant:
     plain = Variant(
-        1, 1, channels, out_channels, *kernel, stride=1, subpixel=False, pad=2, relu=True, residual=False,
-        keep=False, transform=True, statistics=True, bias=False, output_relu=False,
+        1, 1, channels, out_channels, *kernel, stride=1, subpixel=False, pad=2, activation=1, residual=False,
+        keep=False, transform=True, statistics=True, bias=False, output_activation=0,
     )  # fmt: skip
     return plain._replace(**changes)
 
@@ -231,7 +231,7 @@ def test_shared_memory_suffices_and_is_there():
 
 def test_variants_are_distinct_and_fit():
     made = list(halo_conv.variants())
-    assert len(made) == 38 and {source for source, _ in made} == {halo_conv.SOURCE}
+    assert len(made) == 42 and {source for source, _ in made} == {halo_conv.SOURCE}
     assert len({tuple(sorted(constants.items())) for _, constants in made}) == len(made)
     names = {"SLOT_CHANNELS", "SLOTS", "STREAMED", *(field.upper() for field in Variant._fields)}
     for _, constants in made:
@@ -282,6 +282,8 @@ def test_refusals_name_the_reason():
         ({**layer(64, 64, (7, 7)), "padding": [3] * 4}, "shared memory"),
         ({"residual": picture(128)}, "left for the residual"),
         (layer(8, 64 * 133), "multiprocessors"),
+        ({"activation": "tanh"}, "in a pass of its own"),
+        ({"activation": "relu * 2.0 + 0.0"}, "in a pass of its own"),
         ({"input": many}, "larger than the kernel counts"),
     ):
         refused = halo_conv.refusal(a._replace(**change))

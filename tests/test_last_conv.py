@@ -15,6 +15,7 @@ from sf_compile import ops
 from sf_compile.cuda import hopper, last_conv
 from sf_compile.cuda.last_conv import Variant
 from sf_compile.ops.conv2d import Arguments
+from sf_compile.ops.reference import activate_
 
 MODES = ("zeros", "reflect", "replicate")
 
@@ -132,7 +133,8 @@ def test_packed_weights_meet_the_pixels_of_their_taps(c, o, k):
 
 def test_every_kernel_fits_into_shared_memory():
     for source_name, constants in last_conv.variants():
-        names = ("DTYPE", "PARAMETER", "CHANNELS", "OUT_CHANNELS", "KERNEL", "RELU", "MMA_N")
+        names = ("DTYPE", "PARAMETER", "CHANNELS", "OUT_CHANNELS", "KERNEL", "ACTIVATION", "MMA_N",
+                 "OUTPUT_ACTIVATION")  # fmt: skip
         variant = Variant(*(constants[name] for name in names))
         slots, size = variant.memory()
         assert source_name == last_conv.SOURCE and size <= hopper.SHARED_BYTES
@@ -221,10 +223,10 @@ def steps(a: Arguments, dtype: torch.dtype) -> Tensor:
             z = F.instance_norm(z, weight=a.norm_weight, bias=a.norm_bias, eps=a.eps)
         else:
             z = F.batch_norm(z, a.mean, a.variance, a.norm_weight.float(), a.norm_bias.float(), eps=a.eps)
-    z = z.relu() if a.activation == "relu" else z
+    z = activate_(z.clone(), a.activation)
     padded = F.pad(z, a.padding, mode={"zeros": "constant"}.get(a.padding_mode, a.padding_mode))
     out = F.conv2d(padded, a.weight.to(dtype), None if a.bias is None else a.bias.to(dtype))
-    return out.relu() if a.output_activation == "relu" else out
+    return activate_(out, a.output_activation)
 
 
 def check(a: Arguments) -> None:
@@ -286,6 +288,19 @@ def test_without_norm_activation_and_bias():
     check(a)
     check(a._replace(mean=a.mean[0].contiguous(), variance=a.variance[0].contiguous()))
     check(a._replace(norm_weight=a.norm_weight.float(), norm_bias=a.norm_bias.float()))
+
+
+@gpu
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "output",
+    ["tanh", "tanh * 150.0 + 127.5", "sigmoid", "clamp(0.0, 0.7)", "hardtanh(-1.0, 1.0) * 0.5 + 0.5", "silu",
+     "gelu", "gelu_tanh", "elu(1.0)", "leaky_relu(0.2)", "none * 255.0 + 0.0", "relu"],
+)  # fmt: skip
+def test_endings(output, channels_last):
+    for activation, c, k in (("relu", 64, 7), ("leaky_relu(0.1)", 32, 9)):
+        check(layer((2, c, 21, 143), 3, k, (k // 2,) * 4, activation=activation, output_activation=output,
+                    channels_last=channels_last))  # fmt: skip
 
 
 @gpu

@@ -178,7 +178,7 @@ def no_grad_between(g, x, r, w, v):
 # A graph in which the tensor written to may be seen by others, or the write is no known operation.
 REFUSED = {
     "graph input": lambda g, x, r, w, v: (call(g, "relu_", x), x),
-    "unknown producer": lambda g, x, r, w, v: call(g, "relu_", call(g, operator.mul, x, 2)),
+    "unknown producer": lambda g, x, r, w, v: call(g, "relu_", call(g, torch.sin, x)),
     "view method": lambda g, x, r, w, v: (
         y := call(g, RELU, x), call(g, "view", y, -1), call(g, "add_", y, r)
     ),
@@ -186,10 +186,9 @@ REFUSED = {
         y := call(g, RELU, x), call(g, operator.getitem, y, 0), call(g, operator.iadd, y, r)
     ),
     "two names of one tensor": lambda g, x, r, w, v: (
-        y := call(g, RELU, x), call(g, "mul_", y, 2), call(g, "add_", y, r)
+        y := call(g, RELU, x), call(g, "exp_", y), call(g, "add_", y, r)
     ),
     "scaled add_": lambda g, x, r, w, v: call(g, "add_", call(g, RELU, x), r, alpha=2),
-    "add_ of a number": lambda g, x, r, w, v: call(g, "add_", call(g, RELU, x), 1),
     "written under no_grad": no_grad_between,
     "producer with out=": lambda g, x, r, w, v: (call(g, "relu_", call(g, torch.add, x, r, out=r)), r),
 }  # fmt: skip
@@ -283,8 +282,9 @@ def test_mode_switches_are_barriers(dynamic, mode):
 @pytest.mark.parametrize(
     "build",
     [
-        function(operator.add, "x", 1),
-        function(torch.add, "x", 1),
+        function(operator.sub, 1, "x"),
+        function(torch.mul, "x", "r"),
+        function(torch.div, "x", 2, rounding_mode="floor"),
         function(torch.add, "x", "r", alpha=2),
         function(torch.add, "r", 1, out="r"),
         lambda g, x, r, w, v: call(g, torch.add, x, call(g, "sum", r, 3, True)),

@@ -1,8 +1,9 @@
 """``styleforge::conv2d`` on a GPU: by a fused kernel where there is one, else around cuDNN's convolution.
 
-On compute capability 9.0 one kernel does everything. Where its shared memory has no room for a residual, a
-pass of its own finishes the input first. Everywhere else our prologue writes the convolution's finished,
-upsampled and padded input in one pass, cuDNN convolves it, and our statistics read the raw output once.
+On compute capability 9.0 one kernel does everything. Where its shared memory has no room for a residual, or
+an activation costs too much inside of it, a pass of its own finishes the input first. Everywhere else our
+prologue writes the convolution's finished, upsampled and padded input in one pass, cuDNN convolves it, and
+our statistics read the raw output once.
 """
 
 from __future__ import annotations
@@ -55,11 +56,14 @@ def choice(a: Arguments) -> tuple[Any, bool]:
     if found is None:
         refusals = [(kernel, kernel.refusal(a)) for kernel in _KERNELS]
         kernel = next((kernel for kernel, refusal in refusals if refusal is None), None)
-        split = kernel is None and a.normalizes and usable(a.input)
-        split = split and halo_conv.refusal(_finished(a, a.input)) is None
+        split = False
+        if kernel is None and a.normalizes and usable(a.input):
+            rest = _finished(a, a.input)
+            kernel = next((kernel for kernel in _KERNELS if kernel.refusal(rest) is None), None)
+            split = kernel is not None
         if len(_choices) >= _MOST_CHOICES:
             _choices.clear()
-        found = _choices[key] = (halo_conv if split else kernel, split)
+        found = _choices[key] = (kernel, split)
         _explain(a, *found, refusals)
     return found
 
@@ -120,8 +124,7 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             kept = z
     weight = packing.channels_last(a.weight) if channels_last else a.weight
     out = torch.conv2d(z, weight, a.bias, list(a.stride), [top, left] if zeros else [0, 0])
-    if a.output_activation == "relu":
-        out.relu_()
+    out = reference.activate_(out, a.output_activation)
     dtype = statistics_dtype(a.input.dtype)
     if a.statistics:
         mean, variance = statistics(out)

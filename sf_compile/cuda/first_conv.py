@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sf_compile.cuda import hopper
+from sf_compile.cuda import activation, hopper
 from sf_compile.cuda.launcher import Kernel, load
 from sf_compile.cuda.layout import PADS, multiprocessors, pointer
 from sf_compile.cuda.packing import packed
@@ -46,7 +46,7 @@ class Variant(NamedTuple):
     pad: int
     statistics: bool
     bias: bool
-    relu: bool
+    output_activation: int
 
     def constants(self) -> dict[str, int]:
         """The compile-time constants."""
@@ -69,17 +69,19 @@ def steps(kernel: int) -> int:
 
 def variants() -> Iterator[tuple[str, dict[str, int]]]:
     """(source, constants) for TransformerNet and its relatives, of the many that may be asked for."""
+    none, relu = activation.IDENTITY, activation.RECTIFIED
     shapes = ((3, 9, 240), (3, 9, 256), (1, 9, 128), (4, 5, 200), (3, 7, 184), (3, 3, 256))
     for dtype in hopper.SIXTEEN_BIT.values():
         for channels, kernel, mma_n in shapes:
-            yield SOURCE, Variant(dtype, channels, kernel, mma_n, 2, True, False, False).constants()
-        yield SOURCE, Variant(dtype, 3, 9, 256, 1, False, True, True).constants()
-        yield SOURCE, Variant(dtype, 3, 9, 240, 3, True, True, True).constants()
+            yield SOURCE, Variant(dtype, channels, kernel, mma_n, 2, True, False, none).constants()
+        yield SOURCE, Variant(dtype, 3, 9, 256, 1, False, True, relu).constants()
+        yield SOURCE, Variant(dtype, 3, 9, 240, 3, True, True, relu).constants()
+        yield SOURCE, Variant(dtype, 3, 7, 256, 2, False, True, activation.LEAKY).constants()
 
 
 @functools.cache
 def _kernel(index: int, variant: Variant, mode: str) -> Kernel:
-    signature = "TPPP" + hopper.SUMS_SIGNATURE + "qqqi" + "i" * 9
+    signature = "TPPP" + activation.SIGNATURE + hopper.SUMS_SIGNATURE + "qqqi" + "i" * 9
     return load(SOURCE, "first_conv", variant.constants(), index, signature, mode)
 
 
@@ -157,7 +159,7 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean, variance = hopper.statistics_outputs(a)
     variant = Variant(
         hopper.SIXTEEN_BIT[a.input.dtype], channels, a.weight.shape[2], columns(out_width),
-        PADS[a.padding_mode], a.statistics, a.bias is not None, a.output_activation == "relu",
+        PADS[a.padding_mode], a.statistics, a.bias is not None, activation.code(a.output_activation),
     )  # fmt: skip
     strips = -(-out_width // (2 * variant.mma_n))
     groups = -(-out_channels // GROUP)
@@ -168,7 +170,8 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _kernel(index, variant, weights.launch_mode).launch(
         (groups * blocks, 1, 1), 384, variant.shared_bytes(),
         (channels_last_map(out.data_ptr(), out.dtype, tuple(out.shape), box, 1), pointer(a.input),
-         weights.weight.data_ptr(), pointer(a.bias), *hopper.sums_arguments(a, mean, variance),
+         weights.weight.data_ptr(), pointer(a.bias), *activation.arguments(a.output_activation),
+         *hopper.sums_arguments(a, mean, variance),
          *a.input.stride(), n, height, width, out_channels, out_height, out_width, top, left, strips),
     )  # fmt: skip
     return out, mean, variance, absent(a.input, a.input.dtype)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sf_compile.cuda import hopper
+from sf_compile.cuda import activation, hopper
 from sf_compile.cuda.launcher import Kernel, load
 from sf_compile.cuda.layout import PADS, is_channels_last, multiprocessors, pointer
 from sf_compile.cuda.packing import packed
@@ -21,7 +21,8 @@ SOURCE = "halo_conv.cu"
 _THREADS = 384
 _TILE_H, _TILE_W = 8, 32
 _ROUND = 4  # columns of a tile that are stored at a time
-_SIGNATURE = "P" + hopper.NORM_SIGNATURE + "PP" + hopper.SUMS_SIGNATURE + "iiiiiiiiiqq"
+_ACTIVATIONS = 2 * activation.SIGNATURE  # of the input, of the output
+_SIGNATURE = "P" + hopper.NORM_SIGNATURE + _ACTIVATIONS + "PP" + hopper.SUMS_SIGNATURE + "iiiiiiiiiqq"
 _MOST_SLOTS = 8
 _STAGES_BYTES = 4 * 4096
 _RECIPROCAL = 1 << 42
@@ -48,11 +49,11 @@ class Variant(NamedTuple):
     stride: int
     subpixel: bool
     pad: int
-    relu: bool
+    activation: int
     transform: bool
     statistics: bool
     bias: bool
-    output_relu: bool
+    output_activation: int
 
     @property
     def slot_channels(self) -> int:
@@ -145,6 +146,12 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
         for dtype in hopper.SIXTEEN_BIT.values():
             variant = Variant(dtype, dtype, channels, out, kernel, kernel, *rest)  # type: ignore[arg-type]
             yield SOURCE, variant.constants()
+    plain = Variant(1, 1, 64, 64, 3, 3, 1, False, 2, 0, False, False, True, 0)
+    normed = plain._replace(transform=True, statistics=True, bias=False)
+    yield SOURCE, plain._replace(output_activation=activation.LEAKY).constants()
+    yield SOURCE, plain._replace(output_activation=activation.SILU).constants()
+    yield SOURCE, normed._replace(activation=activation.LEAKY).constants()
+    yield SOURCE, normed._replace(activation=activation.CLAMPED).constants()
 
 
 def _variant(a: Arguments) -> Variant:
@@ -154,8 +161,9 @@ def _variant(a: Arguments) -> Variant:
         pad = PADS["replicate"]  # what reflecting the enlarged picture by one pixel comes to
     return Variant(
         hopper.SIXTEEN_BIT[a.input.dtype], hopper.parameter(a) or 0, a.input.shape[1], a.weight.shape[0],
-        a.weight.shape[2], a.weight.shape[3], a.stride[0], subpixel, pad, a.activation == "relu",
-        a.normalizes, a.statistics, a.bias is not None, a.output_activation == "relu",
+        a.weight.shape[2], a.weight.shape[3], a.stride[0], subpixel, pad,
+        activation.code(a.activation), a.normalizes, a.statistics,
+        a.bias is not None, activation.code(a.output_activation),
     )  # fmt: skip
 
 
@@ -166,6 +174,9 @@ def _usable_picture(x: Tensor) -> bool:
 def refusal(a: Arguments) -> str | None:
     """Why this kernel does not run ``a``; None where it does."""
     reason = hopper.refusal(a)
+    if reason is not None:
+        return reason
+    reason = activation.refusal(a.activation)
     if reason is not None:
         return reason
     n, c, h, w = a.input.shape
@@ -245,7 +256,8 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _kernel(index, variant, weights.launch_mode).launch(
         (blocks, 1, 1), _THREADS, memory.bytes,
         (
-            *maps, weights.weight.data_ptr(), *hopper.norm_arguments(a),
+            *maps, weights.weight.data_ptr(), *hopper.norm_arguments(a), *activation.arguments(a.activation),
+            *activation.arguments(a.output_activation),
             out.data_ptr(), pointer(a.bias),
             *hopper.sums_arguments(a, mean, variance), n, h, w, out_h, out_w, top, left, tiles_x,
             tiles_per_image, -(-_RECIPROCAL // tiles_x), -(-_RECIPROCAL // tiles_per_image),

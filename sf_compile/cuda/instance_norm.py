@@ -14,10 +14,10 @@ from itertools import product
 
 from torch import Tensor
 
+from sf_compile.cuda import activation as functions
 from sf_compile.cuda.launcher import Kernel, load
 from sf_compile.cuda.layout import (
     DTYPES,
-    LOWER,
     dense_channels,
     image_stride,
     is_channels_last,
@@ -44,37 +44,50 @@ _PLANE_VECTORS = 512 * _HELD[-1]
 _PLANE_BYTES = 64 * 1024  # a larger plane is better cut into slabs, or held in shared memory
 
 
-def slab_constants(slab: SlabVariant, parameter: int) -> dict[str, int]:
+def slab_constants(slab: SlabVariant, parameter: int, function: int = functions.FLOOR) -> dict[str, int]:
     """The compile-time constants of one csrc/instance_norm.cu kernel."""
-    return {name.upper(): int(value) for name, value in slab._asdict().items()} | {"PARAMETER": parameter}
+    cut_by = {name.upper(): int(value) for name, value in slab._asdict().items()}
+    return cut_by | {"PARAMETER": parameter, "ACTIVATION": function}
 
 
-def plane_constants(dtype: int, parameter: int, vector: int, held: int) -> dict[str, int]:
+def plane_constants(
+    dtype: int, parameter: int, vector: int, held: int, function: int = functions.FLOOR
+) -> dict[str, int]:
     """The compile-time constants of one csrc/instance_norm_plane.cu kernel."""
-    return {"DTYPE": dtype, "PARAMETER": parameter, "VECTOR": vector, "HELD": held}
+    return {
+        "DTYPE": dtype, "PARAMETER": parameter, "VECTOR": vector, "HELD": held, "ACTIVATION": function,
+    }  # fmt: skip
 
 
 def variants() -> Iterator[tuple[str, dict[str, int]]]:
-    """Every (source, constants) that ``instance_norm`` can ask for."""
+    """Every (source, constants) that ``instance_norm`` can ask for; of activations beyond ReLU only some."""
     for slab in slab_variants():
         for parameter in parameter_dtypes(slab.dtype):
             yield SLAB_SOURCE, slab_constants(slab, parameter)
     for dtype in DTYPES.values():
         for parameter, vector, held in product(parameter_dtypes(dtype), vector_widths(dtype), _HELD):
             yield PLANE_SOURCE, plane_constants(dtype, parameter, vector, held)
+    for function in functions.GENERAL:
+        yield SLAB_SOURCE, slab_constants(SlabVariant(1, True, 8, 8), 1, function)
+        yield PLANE_SOURCE, plane_constants(1, 1, 8, 8, function)
+    yield SLAB_SOURCE, slab_constants(SlabVariant(0, False, 4, 1), 0, functions.GELU)
 
 
 @functools.cache
-def _slab_kernel(index: int, slab: SlabVariant, parameter: int, waits: bool) -> Kernel:
-    constants = slab_constants(slab, parameter)
+def _slab_kernel(index: int, slab: SlabVariant, parameter: int, waits: bool, function: int) -> Kernel:
+    constants = slab_constants(slab, parameter, function)
     mode = "cooperative" if waits else "ordinary"
-    return load(SLAB_SOURCE, "instance_norm", constants, index, "PPPPPPqqffiqiii", mode=mode)
+    signature = "PPPPPPqqf" + functions.SIGNATURE + "iqiii"
+    return load(SLAB_SOURCE, "instance_norm", constants, index, signature, mode)
 
 
 @functools.cache
-def _plane_kernel(index: int, dtype: int, parameter: int, vector: int, held: int) -> Kernel:
-    constants = plane_constants(dtype, parameter, vector, held)
-    return load(PLANE_SOURCE, "instance_norm_plane", constants, index, "PPPPPqqffii")
+def _plane_kernel(
+    index: int, dtype: int, parameter: int, vector: int, held: int, function: int
+) -> Kernel:
+    constants = plane_constants(dtype, parameter, vector, held, function)
+    signature = "PPPPPqqf" + functions.SIGNATURE + "ii"
+    return load(PLANE_SOURCE, "instance_norm_plane", constants, index, signature)
 
 
 def plane_block(vectors: int) -> tuple[int, int]:
@@ -94,7 +107,7 @@ def instance_norm(a: Arguments) -> Tensor:
         return normalize(input, a.norm(*statistics(input)), residual, channels_last)
     n, c, h, w = input.shape
     index, dtype = input.device.index, DTYPES[input.dtype]
-    lower = LOWER[activation]
+    function, numbers = functions.shared_code(activation), functions.arguments(activation)
     out = empty_image(input.shape, input, channels_last)
     pointers = (pointer(input), pointer(residual), pointer(out), pointer(weight), pointer(bias))
     strides = (image_stride(weight), image_stride(bias))
@@ -103,18 +116,16 @@ def instance_norm(a: Arguments) -> Tensor:
         vector = vector_width(h * w, input, residual)
         if h * w <= vector * _PLANE_VECTORS:
             held, threads = plane_block(h * w // vector)
-            kernel = _plane_kernel(index, dtype, parameter, vector, held)
-            kernel.launch((n * c, 1, 1), threads, 0, (*pointers, *strides, eps, lower, c, h * w))
+            kernel = _plane_kernel(index, dtype, parameter, vector, held, function)
+            kernel.launch((n * c, 1, 1), threads, 0, (*pointers, *strides, eps, *numbers, c, h * w))
             return out
     slabs = cut(input, _THREADS, 1, residual)
     variant = slabs.variant
     step_bytes = STEP * _THREADS * variant.vector * input.element_size()
     left = shared_bytes(index) - _SHARED_BYTES_PER_CHANNEL * slabs.group - 1024
     slots = left // step_bytes
-    _slab_kernel(index, variant, parameter, slabs.slices > 1).launch(
+    _slab_kernel(index, variant, parameter, slabs.slices > 1, function).launch(
         slabs.grid, _THREADS, slots * step_bytes,
-        (
-            *pointers, phased(input, slabs), *strides, eps, lower, c, h * w, slabs.turns, slabs.rest, slots,
-        ),
+        (*pointers, phased(input, slabs), *strides, eps, *numbers, c, h * w, slabs.turns, slabs.rest, slots),
     )  # fmt: skip
     return out

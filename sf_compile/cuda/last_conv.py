@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sf_compile.cuda import hopper
+from sf_compile.cuda import activation, hopper
+from sf_compile.cuda.activation import CLAMPED, FLOOR, IDENTITY, LEAKY, RECTIFIED, TANH
 from sf_compile.cuda.launcher import Kernel, load
-from sf_compile.cuda.layout import LOWER, PADS, is_channels_last, multiprocessors, pointer
+from sf_compile.cuda.layout import PADS, is_channels_last, multiprocessors, pointer
 from sf_compile.cuda.packing import packed
 from sf_compile.ops.conv2d import Arguments, absent
 from sf_compile.ops.library import empty_image
@@ -20,7 +21,7 @@ COLUMNS = (128, 184, 200)
 """Values of MMA_N to choose from: with more, a thread's share of the product and the weights would spill."""
 
 _THREADS = 384
-_SIGNATURE = "PP" + hopper.NORM_SIGNATURE + "PPf" + "iiiiiiiii"
+_SIGNATURE = "PP" + hopper.NORM_SIGNATURE + "PP" + "iiiiiiiii" + 2 * activation.SIGNATURE
 _CHANNELS = (8, 16, 32, 64)
 _KERNELS = (3, 5, 7, 9)
 _MOST_PLANES = 32  # for one output row: half the rows of a product
@@ -40,8 +41,9 @@ class Variant(NamedTuple):
     channels: int
     out_channels: int
     kernel: int
-    relu: bool
+    activation: int
     mma_n: int
+    output_activation: int = FLOOR
 
     @property
     def pixels(self) -> int:
@@ -102,12 +104,14 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
     for dtype in hopper.SIXTEEN_BIT.values():
         for mma_n in COLUMNS:
             for channels in (16, 32):
-                yield SOURCE, Variant(dtype, dtype, channels, 3, 9, True, mma_n).constants()
-        yield SOURCE, Variant(dtype, 0, 64, 3, 7, True, 128).constants()
-        yield SOURCE, Variant(dtype, dtype, 32, 1, 9, False, 200).constants()
-        yield SOURCE, Variant(dtype, dtype, 32, 3, 3, False, 184).constants()
-        yield SOURCE, Variant(dtype, dtype, 64, 3, 3, True, 200).constants()
-        yield SOURCE, Variant(dtype, dtype, 8, 4, 7, True, 128).constants()
+                yield SOURCE, Variant(dtype, dtype, channels, 3, 9, RECTIFIED, mma_n).constants()
+        yield SOURCE, Variant(dtype, 0, 64, 3, 7, RECTIFIED, 128).constants()
+        yield SOURCE, Variant(dtype, dtype, 32, 1, 9, IDENTITY, 200).constants()
+        yield SOURCE, Variant(dtype, dtype, 32, 3, 3, IDENTITY, 184).constants()
+        yield SOURCE, Variant(dtype, dtype, 64, 3, 3, RECTIFIED, 200).constants()
+        yield SOURCE, Variant(dtype, dtype, 8, 4, 7, RECTIFIED, 128).constants()
+        yield SOURCE, Variant(dtype, dtype, 64, 3, 7, RECTIFIED, 128, TANH).constants()
+        yield SOURCE, Variant(dtype, dtype, 32, 3, 9, LEAKY, 200, CLAMPED).constants()
 
 
 def _output_size(a: Arguments) -> tuple[int, int]:
@@ -118,14 +122,15 @@ def _output_size(a: Arguments) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=1024)
 def _fastest(
-    blocks: int, dtype: int, parameter: int, channels: int, out_channels: int, kernel: int, relu: bool,
-    output: tuple[int, int, int],
+    blocks: int, dtype: int, parameter: int, channels: int, out_channels: int, kernel: int, function: int,
+    output_function: int, output: tuple[int, int, int],
 ) -> Variant | None:  # fmt: skip
     """The kernel that keeps the busiest of ``blocks`` blocks shortest; None if none fits.
 
     ``output`` is (N, H, W).
     """
-    kinds = [Variant(dtype, parameter, channels, out_channels, kernel, relu, mma_n) for mma_n in COLUMNS]
+    constants = dtype, parameter, channels, out_channels, kernel, function
+    kinds = [Variant(*constants, mma_n, output_function) for mma_n in COLUMNS]
     fitting = [kind for kind in kinds if kind.memory() is not None]
 
     def time(kind: Variant) -> int:
@@ -138,7 +143,8 @@ def _variant(a: Arguments) -> Variant | None:
     o, c, k, _ = a.weight.shape
     return _fastest(
         multiprocessors(a.input.device.index), hopper.SIXTEEN_BIT[a.input.dtype], hopper.parameter(a) or 0,
-        c, o, k, a.activation == "relu", (a.input.shape[0], *_output_size(a)),
+        c, o, k, activation.code(a.activation), activation.shared_code(a.output_activation),
+        (a.input.shape[0], *_output_size(a)),
     )  # fmt: skip
 
 
@@ -149,6 +155,9 @@ def refusal(a: Arguments) -> str | None:
         return reason
     n, c = a.input.shape[:2]
     o, _, kh, kw = a.weight.shape
+    reason = activation.refusal(a.activation)
+    if reason is not None:
+        return reason
     if a.residual is not None or a.keep_input or a.statistics:
         return "a residual, a kept input or statistics of the last layer"
     if a.upsample != 1 or tuple(a.stride) != (1, 1):
@@ -190,8 +199,9 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (min(multiprocessors(index), variant.units(n, out_h, out_w)), 1, 1), _THREADS, memory[1],
         (
             x.data_ptr(), weights.weight.data_ptr(), *hopper.norm_arguments(a), pointer(a.bias),
-            out.data_ptr(), LOWER[a.output_activation], int(a.channels_last), n, h, w, out_h, out_w,
-            a.padding[2], a.padding[0], PADS[a.padding_mode],
+            out.data_ptr(), n, h, w, out_h, out_w, a.padding[2], a.padding[0], PADS[a.padding_mode],
+            int(a.channels_last), *activation.arguments(a.activation),
+            *activation.arguments(a.output_activation),
         ),
     )  # fmt: skip
     return out, mean, variance, absent(x, x.dtype)

@@ -14,9 +14,6 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PADS = {"zeros": 1, "reflect": 2, "replicate": 3}
 """The kernels' number for each padding mode; 0 is none."""
 
-LOWER = {"none": float("-inf"), "relu": 0.0}
-"""The kernels' `lower` argument for each activation: values below it are raised to it."""
-
 
 def vector_widths(dtype: int) -> tuple[int, ...]:
     """Every width that ``vector_width`` can return for a DTYPE."""

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sf_compile.cuda import activation
+from sf_compile.cuda.activation import FLOOR
 from sf_compile.cuda.compiler import usable_or_warn
 from sf_compile.cuda.launcher import Kernel, load
 from sf_compile.cuda.layout import (
     DTYPES,
-    LOWER,
     PADS,
     dense_channels,
     image_stride,
@@ -34,9 +35,9 @@ SOURCE = "normalize.cu"
 CHANNELS_LAST, CONTIGUOUS, STRIDED = 0, 1, 2
 _THREADS = 256
 _UNROLL = 4
-_RESIDENT = 3  # blocks of the channels_last kernel that a multiprocessor holds at once
+_RESIDENT = 3  # blocks of the channels_last kernel that a multiprocessor holds at once, at most
 _GRID_LIMIT = 65535
-_SIGNATURE = "PPPPPPPPffqqqiiiiiiii"
+_SIGNATURE = "PPPPPPPPf" + activation.SIGNATURE + "qqqiiiiiiii"
 _FACTORS = (1, 2, 0)  # compiled in; 0 takes the factor at run time
 _EXTRA = {CHANNELS_LAST: "iii", CONTIGUOUS: "q", STRIDED: "iiqqqqqqqq"}
 
@@ -50,6 +51,7 @@ class Variant(NamedTuple):
     vector: int
     upsample: int
     pad: int
+    activation: int = FLOOR
 
     def constants(self) -> dict[str, int]:
         """By the names that the kernel source uses."""
@@ -57,7 +59,7 @@ class Variant(NamedTuple):
 
 
 def variants() -> Iterator[tuple[str, dict[str, int]]]:
-    """Every (source, constants) that ``apply`` can ask for."""
+    """Every (source, constants) that ``apply`` can ask for; of activations beyond ReLU only some."""
     for dtype in DTYPES.values():
         for parameter, upsample, pad in product(parameter_dtypes(dtype), _FACTORS, range(4)):
             moves = pad > 0 or upsample != 1
@@ -69,6 +71,11 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
             for layout, vectors in widths.items():
                 for vector in vectors:
                     yield SOURCE, Variant(layout, dtype, parameter, vector, upsample, pad).constants()
+    for function in activation.GENERAL:
+        yield SOURCE, Variant(CHANNELS_LAST, 1, 1, 8, 1, 0, function).constants()
+        yield SOURCE, Variant(CONTIGUOUS, 0, 0, 4, 1, 0, function).constants()
+    yield SOURCE, Variant(STRIDED, 2, 2, 1, 0, 2, activation.GELU).constants()
+    yield SOURCE, Variant(CHANNELS_LAST, 2, 0, 8, 2, 2, activation.LEAKY).constants()
 
 
 @functools.cache
@@ -135,11 +142,12 @@ def apply(
         layout, width = STRIDED, 1
     pad = PADS[padding_mode] if any(padding) else 0
     factor = upsample if upsample in _FACTORS else 0
-    variant = Variant(layout, DTYPES[x.dtype], parameter, width, factor, pad)
+    function = activation.shared_code(norm.activation)
+    variant = Variant(layout, DTYPES[x.dtype], parameter, width, factor, pad, function)
     kernel = _kernel(x.device.index, variant)
     arguments = (
         pointer(x), pointer(residual), pointer(out), pointer(kept), pointer(mean), pointer(variance),
-        pointer(weight), pointer(bias), norm.eps, LOWER[norm.activation],
+        pointer(weight), pointer(bias), norm.eps, *activation.arguments(norm.activation),
         image_stride(mean), image_stride(weight), image_stride(bias), c, h, w, upsample, top, left, out_h,
         out_w,
     )  # fmt: skip

@@ -9,6 +9,7 @@ is reported with that reason.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,37 +17,54 @@ from typing import Any
 import torch
 from torch import fx
 
+from sf_compile.activations import Activation
 from sf_compile.graph import patterns, spelling
 from sf_compile.graph.normalize import NormalizedGraph
-from sf_compile.graph.patterns import Add, Conv, Miss, Norm, Pad, Relu, Step, Upsample
+from sf_compile.graph.patterns import Activate, Add, Affine, Conv, Miss, Norm, Pad, Step, Upsample
 
 log = logging.getLogger(__name__)
 
-# What a site can end with, and never starts with.
-_ENDS = frozenset({spelling.RELU, spelling.ADD})
+# What a norm or a convolution can be followed by.
+_ENDS = spelling.ACTIVATIONS | {spelling.ADD}
+# What a scale or an offset stays below: within float32.
+_LARGEST = 2.0**127
 
 
 @dataclass(frozen=True)
 class Match:
-    """One site: the steps of a chain, in the order they run. At least ``conv`` or ``norm`` is there."""
+    """One site: the steps of a chain, in the order they run. At least ``conv`` or ``norm`` is there.
 
+    ``before`` is an activation of what the convolution reads, ``activation`` one of its or its norm's output.
+    """
+
+    before: Activate | None = None
     upsample: Upsample | None = None
     pad: Pad | None = None
     conv: Conv | None = None
     norm: Norm | None = None
-    relu: Relu | None = None
+    activation: Activate | None = None
+    affines: tuple[Affine, ...] = ()
     add: Add | None = None
 
     @property
     def steps(self) -> tuple[Step, ...]:
         """The steps that are present, first to last."""
-        every = (self.upsample, self.pad, self.conv, self.norm, self.relu, self.add)
+        first = (self.before, self.upsample, self.pad, self.conv, self.norm, self.activation)
+        every = (*first, *self.affines, self.add)
         return tuple(step for step in every if step is not None)
 
     @property
     def pattern(self) -> str:
         """The site's kind, spelled like ``upsample+pad+conv+norm+relu``."""
-        return "+".join(type(step).__name__.lower() for step in self.steps)
+        return "+".join(label for label, _ in itertools.groupby(step.label for step in self.steps))
+
+    @property
+    def function(self) -> Activation:
+        """What ``activation`` and ``affines`` come to."""
+        found = Activation() if self.activation is None else self.activation.activation
+        for step in self.affines:
+            found = found.then(step.scale, step.offset)
+        return found
 
     @property
     def input(self) -> fx.Node:
@@ -150,11 +168,22 @@ class _Finder:
             if isinstance(upsample, Miss):
                 self.miss(upsample)
             else:
-                site = replace(site, upsample=upsample)
+                site, input = replace(site, upsample=upsample), upsample.input
+        if self.operation(input) in spelling.ACTIVATIONS and not self.ends_another(input):
+            before = patterns.activation(input)
+            if isinstance(before, Activate) and self.joins(input, site.steps[0].node):
+                site = replace(site, before=before)
         return self.forward(site)
 
+    def ends_another(self, activation: fx.Node) -> bool:
+        """Whether ``activation`` is part of a site in front of it: of one found, or of a norm's."""
+        producer = activation.all_input_nodes[0]
+        if activation in self.taken or self.operation(producer) not in patterns.NORMS:
+            return activation in self.taken
+        return len(producer.users) == 1 and isinstance(patterns.NORMS[producer.target](producer), Norm)
+
     def forward(self, site: Match) -> Match:
-        """Follow the chain from the site's end: norm, then relu, then add."""
+        """Follow the chain from the site's end: norm, then activation, then affine maps, then add."""
         node = self.next(site)
         if node is not None and site.norm is None and self.operation(node) in patterns.NORMS:
             norm = patterns.NORMS[node.target](node)
@@ -163,11 +192,22 @@ class _Finder:
                 return site
             site = replace(site, norm=norm)
             node = self.next(site)
-        if node is not None and self.operation(node) is spelling.RELU:
-            relu = patterns.relu(node)
-            if isinstance(relu, Relu):
-                site = replace(site, relu=relu)
-                node = self.next(site)
+        if node is not None and self.operation(node) in spelling.ACTIVATIONS and node not in self.taken:
+            activation = patterns.activation(node)
+            if isinstance(activation, Miss):
+                self.miss(activation)
+                return site
+            site = replace(site, activation=activation)
+            node = self.next(site)
+        while node is not None and self.operation(node) in spelling.WITH_NUMBER:
+            affine = patterns.affine(node)
+            if isinstance(affine, Miss):
+                self.miss(affine)
+                return site
+            longer = replace(site, affines=(*site.affines, affine))
+            if max(abs(longer.function.scale), abs(longer.function.offset)) >= _LARGEST:
+                return site
+            site, node = longer, self.next(longer)
         if node is not None and self.operation(node) is spelling.ADD and node not in self.taken:
             add = patterns.add(node, site.output)
             if isinstance(add, Miss):

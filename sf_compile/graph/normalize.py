@@ -21,7 +21,7 @@ from torch import fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from sf_compile.graph import handwritten_norm
-from sf_compile.graph.spelling import ADD, FRESH, Spelling, canonical
+from sf_compile.graph.spelling import ADD, FRESH, WITH_NUMBER, Spelling, canonical, is_identity
 from sf_compile.graph.values import Miss, same_shape, value_of
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,10 @@ def normalize(gm: fx.GraphModule, example_inputs: list[Any] | None = None) -> No
     misses = handwritten_norm.gather(graph, _barriers(graph), _autocast_regions(graph))
     respelled: set[fx.Node] = set()
     for node in list(graph.nodes):
+        if is_identity(node):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
+            continue
         spelling = canonical(node)
         if spelling is None or not _is_tensor_operation(node, spelling):
             continue
@@ -123,6 +127,8 @@ def _is_tensor_operation(node: fx.Node, spelling: Spelling) -> bool:
     out, first = value_of(node), value_of(spelling.args[0])
     if not isinstance(out, torch.Tensor) or not isinstance(first, torch.Tensor):
         return False
+    if spelling.target in WITH_NUMBER:
+        return first.dtype == out.dtype
     if spelling.target is not ADD:
         return True
     second = value_of(spelling.args[1])

@@ -2,7 +2,8 @@
 
 A site is a chain of single-reader steps around one convolution or norm:
 
-    [upsample] -> [pad] -> conv -> [norm] -> [relu] -> [add]        or        norm -> [relu] -> [add]
+    [activation] -> [upsample] -> [pad] -> conv -> [norm] -> [activation] -> [affine] -> [add]
+    norm -> [activation] -> [affine] -> [add]
 
 Each rule below reads one canonical node and returns its step, or a ``Miss`` that says why this
 node is left alone. Rules look at constants and at the fake tensors that Dynamo recorded; they
@@ -11,6 +12,8 @@ never turn a symbolic size into a number, so they add no guard.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +22,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from sf_compile.activations import Activation
 from sf_compile.graph import spelling
 from sf_compile.graph.values import Miss, value_of, whole_images
 
@@ -35,6 +39,11 @@ class Step:
 
     node: fx.Node
     input: fx.Node
+
+    @property
+    def label(self) -> str:
+        """What a pattern calls it."""
+        return type(self).__name__.lower()
 
 
 @dataclass(frozen=True)
@@ -88,8 +97,23 @@ class Norm(Step):
 
 
 @dataclass(frozen=True)
-class Relu(Step):
-    """max(x, 0)."""
+class Activate(Step):
+    """A function of each number by itself."""
+
+    activation: Activation
+
+    @property
+    def label(self) -> str:
+        """The function's name."""
+        return self.activation.function
+
+
+@dataclass(frozen=True)
+class Affine(Step):
+    """input * scale + offset, with constants."""
+
+    scale: float
+    offset: float
 
 
 @dataclass(frozen=True)
@@ -276,11 +300,43 @@ def _norm(
     return Norm(node, input, mean, variance, weight, bias, eps)
 
 
-def relu(node: fx.Node) -> Relu | Miss:
-    """torch.relu."""
-    (input,) = _arguments(node)
+_FUNCTIONS: dict[Any, str] = {
+    spelling.RELU: "relu", spelling.LEAKY_RELU: "leaky_relu", spelling.HARDTANH: "hardtanh",
+    spelling.CLAMP: "clamp", spelling.TANH: "tanh", spelling.SIGMOID: "sigmoid", spelling.SILU: "silu",
+    spelling.ELU: "elu",
+}  # fmt: skip
+
+
+def activation(node: fx.Node) -> Activate | Miss:
+    """A function of one number, of which every parameter is a constant."""
+    input, *parameters = _arguments(node)
     assert isinstance(input, fx.Node)
-    return Relu(node, input)
+    if node.target is spelling.PRELU:
+        return Miss(node.name, "the slope of a PReLU is a tensor: it follows the fused norm as it is")
+    if node.target is spelling.GELU:
+        forms = {"none": "gelu", "tanh": "gelu_tanh"}
+        return Activate(node, input, Activation(forms[str(parameters[0])]))
+    function = _FUNCTIONS[node.target]
+    if function == "clamp":
+        bounds = zip(parameters, (-math.inf, math.inf), strict=True)
+        parameters = [default if bound is None else bound for bound, default in bounds]
+    if not all(isinstance(value, int | float) and not math.isnan(value) for value in parameters):
+        return Miss(node.name, f"{function} with a slope or a bound that is not a constant")
+    if function in ("leaky_relu", "elu") and not math.isfinite(parameters[0]):
+        return Miss(node.name, f"{function} of {parameters[0]}")
+    return Activate(node, input, Activation(function, tuple(map(float, parameters))))
+
+
+def affine(node: fx.Node) -> Affine | Miss:
+    """The sum, difference, product or quotient of a tensor and a number."""
+    input, number = _arguments(node)
+    target: Any = node.target
+    assert isinstance(input, fx.Node)
+    if not math.isfinite(number) or (target is operator.truediv and number == 0):
+        return Miss(node.name, f"{target.__name__} with {number}")
+    if target in (operator.add, operator.sub):
+        return Affine(node, input, 1.0, float(target(0, number)))
+    return Affine(node, input, float(target(1, number)), 0.0)
 
 
 def add(node: fx.Node, branch: fx.Node) -> Add | Miss:

@@ -180,6 +180,9 @@ class _Planner:
         candidates = [i for i in self.by_input.get(site.output, ()) if self.sites[i] is not site]
         if not candidates:
             return None, "normalised at its end: no fused convolution reads it"
+        if all(self.sites[i].before is not None for i in candidates):
+            return None, "normalised at its end: what reads it has an activation of its own to apply"
+        candidates = [i for i in candidates if self.sites[i].before is None]
         index = min(candidates, key=lambda i: self.order[self.sites[i].anchor])
         consumer = self.sites[index]
         anchor = self.order[consumer.anchor]

@@ -109,17 +109,18 @@ class _Writer:
             padding = [a + b for a, b in zip(padding, site.pad.padding, strict=True)]
             mode = site.pad.mode
         pending = self.pending.get(index)
-        norm: tuple[Any, ...] = (None, None, None, None, 1.0, "none", None)
+        before = "none" if site.before is None else str(site.before.activation)
+        norm: tuple[Any, ...] = (None, None, None, None, 1.0, before, None)
         source = site.input
         if pending is not None:
             source, norm = pending.raw, self.finish_arguments(pending.site, pending.mean, pending.variance)
-        own_relu = site.relu is not None and site.norm is None
         out = self.call(
             "conv2d",
             (
                 source, conv.weight, None if decision.drop_bias else conv.bias, *norm,
                 site.upsample.factor if site.upsample else 1, padding, mode, list(conv.stride),
-                "relu" if own_relu else "none", site.norm is not None and site.norm.mean is None,
+                str(site.function) if site.norm is None else "none",
+                site.norm is not None and site.norm.mean is None,
                 pending is not None and pending.keep, decision.channels_last,
             ),
         )  # fmt: skip
@@ -130,12 +131,10 @@ class _Writer:
     def finish_arguments(self, site: Match, mean: Any, variance: Any) -> tuple[Any, ...]:
         """mean, variance, norm weight, norm bias, eps, activation, residual of a site's finish."""
         norm = site.norm
-        # Without a norm the activation was the convolution's own.
-        activation = "relu" if site.relu is not None and norm is not None else "none"
         residual = site.add.residual if site.add is not None else None
-        if norm is None:
-            return None, None, None, None, 1.0, activation, residual
-        return mean, variance, norm.weight, norm.bias, norm.eps, activation, residual
+        if norm is None:  # the activation was the convolution's own
+            return None, None, None, None, 1.0, "none", residual
+        return mean, variance, norm.weight, norm.bias, norm.eps, str(site.function), residual
 
     def finish(self, decision: Decision, raw: fx.Node, mean: Any, variance: Any) -> fx.Node:
         """The op at the end of a site that writes its finished tensor."""

@@ -13,8 +13,12 @@ to know one spelling of each operation. The arguments of a canonical node are:
     group_norm      (input, num_groups, weight, bias, eps)
     layer_norm      (input, normalized_shape, weight, bias, eps)
     picture_norm    (input, weight, bias, groups, correction, eps, outer_eps)   graph/picture_norm.py
-    relu            (input,)
-    add             (input, other)
+    relu, tanh, sigmoid, silu                       (input,)
+    leaky_relu, elu (input, negative slope or alpha)
+    hardtanh, clamp (input, lower, upper)           clamp: a bound may be None; relu6 is hardtanh from 0 to 6
+    gelu            (input, approximate)            "none" or "tanh"
+    add             (input, other)                  two tensors
+    operator.add, sub, mul, truediv                 (input, number)
 """
 
 from __future__ import annotations
@@ -39,11 +43,24 @@ GROUP_NORM: Callable[..., Any] = F.group_norm
 LAYER_NORM: Callable[..., Any] = F.layer_norm
 PICTURE_NORM: Callable[..., Any] = picture_norm
 RELU: Callable[..., Any] = torch.relu
+LEAKY_RELU: Callable[..., Any] = torch._C._nn.leaky_relu
+ELU: Callable[..., Any] = torch._C._nn.elu
+HARDTANH: Callable[..., Any] = torch._C._nn.hardtanh
+CLAMP: Callable[..., Any] = torch.clamp
+TANH: Callable[..., Any] = torch.tanh
+SIGMOID: Callable[..., Any] = torch.sigmoid
+SILU: Callable[..., Any] = torch._C._nn.silu
+GELU: Callable[..., Any] = torch._C._nn.gelu
+PRELU: Callable[..., Any] = torch.prelu
 ADD: Callable[..., Any] = torch.add
 
+# Of a tensor and a number; not to be taken for ADD, of two tensors.
+WITH_NUMBER = frozenset({operator.add, operator.sub, operator.mul, operator.truediv})
+ACTIVATIONS = frozenset({RELU, LEAKY_RELU, ELU, HARDTANH, CLAMP, TANH, SIGMOID, SILU, GELU, PRELU})
+
 # What these return is a tensor of its own, never a view or an alias of an argument.
-FRESH = frozenset({INTERPOLATE, PAD, CONV2D, INSTANCE_NORM, BATCH_NORM, RELU, ADD}) | {
-    GROUP_NORM, LAYER_NORM, PICTURE_NORM,
+FRESH = ACTIVATIONS | WITH_NUMBER | {
+    INTERPOLATE, PAD, CONV2D, INSTANCE_NORM, BATCH_NORM, GROUP_NORM, LAYER_NORM, PICTURE_NORM, ADD,
 }  # fmt: skip
 
 
@@ -93,20 +110,80 @@ def _layer_norm(
     return Spelling(LAYER_NORM, (input, normalized_shape, weight, bias, eps))
 
 
-def _relu(input: Any, inplace: Any = False) -> Spelling:
-    return Spelling(RELU, (input,), bool(inplace))
+def _of_one(target: Callable[..., Any]) -> Callable[..., Spelling]:
+    """``target(input)``, also as a function with a flag that makes it an in-place one."""
+    return lambda input, inplace=False: Spelling(target, (input,), bool(inplace))
 
 
-def _relu_(input: Any) -> Spelling:
-    return Spelling(RELU, (input,), True)
+def _leaky_relu(input: Any, negative_slope: Any = 0.01, inplace: Any = False) -> Spelling:
+    return Spelling(LEAKY_RELU, (input, negative_slope), bool(inplace))
 
 
-def _add(input: Any, other: Any, *, alpha: Any = 1) -> Spelling | None:
-    return Spelling(ADD, (input, other)) if alpha == 1 else None
+def _elu(input: Any, alpha: Any = 1.0, inplace: Any = False) -> Spelling:
+    return Spelling(ELU, (input, alpha), bool(inplace))
 
 
-def _add_(input: Any, other: Any, *, alpha: Any = 1) -> Spelling | None:
-    return Spelling(ADD, (input, other), True) if alpha == 1 else None
+def _unscaled_elu(input: Any, alpha: Any = 1.0) -> Spelling:
+    return Spelling(ELU, (input, alpha))
+
+
+def _hardtanh(input: Any, min_val: Any = -1.0, max_val: Any = 1.0, inplace: Any = False) -> Spelling:
+    return Spelling(HARDTANH, (input, min_val, max_val), bool(inplace))
+
+
+def _relu6(input: Any, inplace: Any = False) -> Spelling:
+    return Spelling(HARDTANH, (input, 0.0, 6.0), bool(inplace))
+
+
+def _clamp(input: Any, min: Any = None, max: Any = None) -> Spelling:
+    return Spelling(CLAMP, (input, min, max))
+
+
+def _gelu(input: Any, *, approximate: Any = "none") -> Spelling:
+    return Spelling(GELU, (input, approximate))
+
+
+def _prelu(input: Any, weight: Any) -> Spelling:
+    return Spelling(PRELU, (input, weight))
+
+
+def _sum(input: Any, other: Any, *, alpha: Any = 1) -> Spelling | None:
+    return _arithmetic(operator.add, ADD)(input, other) if alpha == 1 else None
+
+
+def _difference(input: Any, other: Any, *, alpha: Any = 1) -> Spelling | None:
+    return _arithmetic(operator.sub)(input, other) if alpha == 1 else None
+
+
+def _arithmetic(
+    with_number: Callable[..., Any], of_tensors: Callable[..., Any] | None = None
+) -> Callable[..., Spelling | None]:
+    """An operation of a tensor and a number, in either order where that is the same, or of two tensors."""
+
+    def canonical(input: Any, other: Any) -> Spelling | None:
+        if with_number in (operator.add, operator.mul) and _is_number(input):
+            input, other = other, input
+        if _is_number(other):
+            return Spelling(with_number, (input, other))
+        return Spelling(of_tensors, (input, other)) if of_tensors is not None else None
+
+    return canonical
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _inplace(spell: Callable[..., Spelling | None]) -> Callable[..., Spelling | None]:
+    """The in-place form of what ``spell`` describes."""
+
+    def canonical(input: Any, *args: Any, **kwargs: Any) -> Spelling | None:
+        spelling = spell(input, *args, **kwargs)
+        # ``1 += x`` makes a tensor of its own: only a tensor in front is written to.
+        writes = spelling is not None and spelling.args[0] is input
+        return spelling._replace(inplace=True) if spelling is not None and writes else spelling
+
+    return canonical
 
 
 def _positional(target: Callable[..., Any]) -> Callable[..., Spelling]:
@@ -120,6 +197,9 @@ def _positional(target: Callable[..., Any]) -> Callable[..., Spelling]:
 
     return canonical
 
+
+_relu, _tanh, _sigmoid, _silu = map(_of_one, (RELU, TANH, SIGMOID, SILU))
+_product, _quotient = _arithmetic(operator.mul), _arithmetic(operator.truediv)
 
 _FUNCTIONS: dict[Any, Callable[..., Spelling | None]] = {
     CONV2D: _conv2d,
@@ -136,21 +216,93 @@ _FUNCTIONS: dict[Any, Callable[..., Spelling | None]] = {
     PICTURE_NORM: _positional(picture_norm),
     RELU: _relu,
     F.relu: _relu,
-    torch.relu_: _relu_,
-    F.relu_: _relu_,
-    ADD: _add,
-    operator.add: _add,
-    operator.iadd: _add_,
+    torch.relu_: _inplace(_relu),
+    F.relu_: _inplace(_relu),
+    TANH: _tanh,
+    F.tanh: _tanh,
+    torch.tanh_: _inplace(_tanh),
+    SIGMOID: _sigmoid,
+    F.sigmoid: _sigmoid,
+    torch.special.expit: _sigmoid,
+    torch.sigmoid_: _inplace(_sigmoid),
+    SILU: _silu,
+    F.silu: _silu,
+    torch._C._nn.silu_: _inplace(_silu),
+    LEAKY_RELU: _leaky_relu,
+    F.leaky_relu: _leaky_relu,
+    F.leaky_relu_: _inplace(_leaky_relu),
+    ELU: _unscaled_elu,
+    F.elu: _elu,
+    F.elu_: _inplace(_unscaled_elu),
+    HARDTANH: _hardtanh,
+    F.hardtanh: _hardtanh,
+    F.hardtanh_: _inplace(_hardtanh),
+    F.relu6: _relu6,
+    torch._C._nn.relu6: _relu6,
+    torch._C._nn.relu6_: _inplace(_relu6),
+    CLAMP: _clamp,
+    torch.clip: _clamp,
+    torch.clamp_: _inplace(_clamp),
+    torch.clip_: _inplace(_clamp),
+    GELU: _gelu,
+    F.gelu: _gelu,
+    PRELU: _prelu,
+    F.prelu: _prelu,
+    ADD: _sum,
+    operator.add: _sum,
+    operator.iadd: _inplace(_sum),
+    torch.sub: _difference,
+    operator.sub: _difference,
+    operator.isub: _inplace(_difference),
+    torch.mul: _product,
+    operator.mul: _product,
+    operator.imul: _inplace(_product),
+    torch.div: _quotient,
+    operator.truediv: _quotient,
+    operator.itruediv: _inplace(_quotient),
 }
 _METHODS: dict[str, Callable[..., Spelling | None]] = {
     "relu": _relu,
-    "relu_": _relu_,
-    "add": _add,
-    "__add__": _add,
-    "__radd__": _add,
-    "add_": _add_,
-    "__iadd__": _add_,
+    "tanh": _tanh,
+    "sigmoid": _sigmoid,
+    "clamp": _clamp,
+    "clip": _clamp,
+    "add": _sum,
+    "sub": _difference,
+    "mul": _product,
+    "div": _quotient,
 }
+_METHODS |= {f"{name}_": _inplace(spell) for name, spell in _METHODS.items()}
+_METHODS |= {
+    "prelu": _prelu,
+    "__add__": _sum,
+    "__radd__": _sum,
+    "__iadd__": _inplace(_sum),
+    "__sub__": _difference,
+    "__isub__": _inplace(_difference),
+    "__mul__": _product,
+    "__rmul__": _product,
+    "__imul__": _inplace(_product),
+    "__truediv__": _quotient,
+    "__itruediv__": _inplace(_quotient),
+}
+
+
+def _dropout(input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) -> bool:
+    return training is False or (_is_number(p) and p == 0)
+
+
+_DROPOUTS = frozenset({F.dropout, F.dropout2d, torch.dropout, torch.dropout_})
+
+
+def is_identity(node: fx.Node) -> bool:
+    """Whether ``node`` returns its first argument itself: a dropout outside of training, or of nothing."""
+    if node.op != "call_function" or node.target not in _DROPOUTS:
+        return False
+    try:
+        return _dropout(*node.args, **node.kwargs) and isinstance(node.args[0], fx.Node)
+    except (TypeError, IndexError):
+        return False
 
 
 def canonical(node: fx.Node) -> Spelling | None:

@@ -117,7 +117,8 @@ def _is_square(weight: Any) -> bool:
 
 def _trunk(first: _Layer, layers: dict[fx.Node, _Layer], order: dict[fx.Node, int]) -> list[_Layer]:
     """The convolutions of the longest chain of blocks that begins with ``first``; empty if none does."""
-    if not first.does(first.arguments["activation"], None, True):
+    activation = first.arguments["activation"]
+    if activation not in ("none", "relu") or not first.does(activation, None, True):
         return []
     trunk = [first]
     while (layer := _reader(trunk[-1], layers)) is not None and _continues(trunk, layer):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import sf_compile.ops  # noqa: F401  registers the ops
-from sf_compile.ops.checks import ACTIVATIONS
+from sf_compile.activations import parse
+from sf_compile.ops.reference import activate_
 
 
 class FusedInstanceNorm2d(nn.InstanceNorm2d):
@@ -20,7 +21,7 @@ class FusedInstanceNorm2d(nn.InstanceNorm2d):
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as in nn.InstanceNorm2d.
-        activation: ``"none"`` or ``"relu"``.
+        activation: as in ``sf_compile.activations``, such as ``"relu"`` or ``"leaky_relu(0.2)"``.
 
     Raises:
         ValueError: for an unknown activation; for a single pixel per channel when the statistics are the
@@ -29,8 +30,10 @@ class FusedInstanceNorm2d(nn.InstanceNorm2d):
 
     def __init__(self, num_features: int, *args: Any, activation: str = "none", **kwargs: Any) -> None:
         super().__init__(num_features, *args, **kwargs)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        try:
+            parse(activation)
+        except ValueError as error:
+            raise ValueError(f"activation must be {error}") from None
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -42,7 +45,7 @@ class FusedInstanceNorm2d(nn.InstanceNorm2d):
             # PyTorch updates the running statistics; what follows the norm is one pass of ours.
             out = super().forward(input)
             if input.dim() != 4:
-                out = out.relu() if self.activation == "relu" else out
+                out = activate_(out, self.activation)
                 return out if residual is None else out + residual
             return torch.ops.styleforge.normalize(
                 out, None, None, None, None, self.eps, self.activation, residual, channels_last

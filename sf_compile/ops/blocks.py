@@ -113,8 +113,8 @@ def conv_instance_norm(
     """``activation(instance_norm(conv2d(pad(input), weight, stride=stride)))``, without a convolution bias.
 
     A bias in front of an instance norm has no effect. ``norm_weight`` and ``norm_bias`` (O,) belong to the
-    norm; ``padding_mode`` is "zeros", "reflect" or "replicate", ``activation`` "none" or "relu"; the rest as
-    in ``conv_reflection_pad``.
+    norm; ``padding_mode`` is "zeros", "reflect" or "replicate", ``activation`` one of
+    ``sf_compile.activations``; the rest as in ``conv_reflection_pad``.
     """
     return torch.ops.styleforge.conv_instance_norm(
         input, weight, norm_weight, norm_bias, eps, _padding(weight, padding), padding_mode, list(stride),

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("none", "relu")
+from sf_compile.activations import parse
+
 PADDING_MODES = ("zeros", "reflect", "replicate")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -46,6 +47,15 @@ def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None
         value in choices,
         lambda: f"styleforge::{op}: {name} must be one of {', '.join(choices)}; got {value!r}",
     )
+
+
+def check_activation(op: str, name: str, text: Any) -> None:
+    """``text`` must name one of ``sf_compile.activations``."""
+    try:
+        parse(text)
+    except ValueError as error:
+        message = f"styleforge::{op}: {name} must be {error}"
+        require(False, lambda: message)
 
 
 def check_residual(op: str, input: Tensor, residual: Tensor | None) -> None:

@@ -7,6 +7,7 @@ reads it normalises on the way in:
     z      = act((input - mean) / sqrt(variance + eps) * norm_weight + norm_bias) + residual
     output = output_activation(conv2d(pad(upsample_nearest(z)), weight, bias, stride))
 
+The activations are those of ``sf_compile.activations``.
 Every step in front of the convolution is optional, so this one schema also covers a convolution
 that reads a finished picture. ``keep_input`` returns ``z`` as well, for another reader of it (the
 skip path of a residual block). A convolution bias in front of an instance norm has no effect and
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor
 
 from sf_compile.ops import reference
+from sf_compile.ops.activation_gradients import activation_gradient, gradient_by_value
 from sf_compile.ops.checks import (
-    ACTIVATIONS,
     PADDING_MODES,
+    check_activation,
     check_choice,
     check_image,
     check_norm,
@@ -86,8 +88,8 @@ def check(a: Arguments) -> tuple[Any, Any]:
     input, weight, bias = a.input, a.weight, a.bias
     check_image("conv2d", input)
     check_norm("conv2d", input, a.mean, a.variance, a.norm_weight, a.norm_bias)
-    check_choice("conv2d", "activation", a.activation, ACTIVATIONS)
-    check_choice("conv2d", "output_activation", a.output_activation, ACTIVATIONS)
+    check_activation("conv2d", "activation", a.activation)
+    check_activation("conv2d", "output_activation", a.output_activation)
     check_choice("conv2d", "padding_mode", a.padding_mode, PADDING_MODES)
     check_residual("conv2d", input, a.residual)
     require(
@@ -223,8 +225,7 @@ def _backward(
     grad_z = grad_kept if a.keep_input else None
     grad_weight = grad_bias = None
     if grad is not None:
-        if a.output_activation == "relu":
-            grad = torch.where(output > 0, grad, 0)
+        grad = _through_output_activation(grad, output, a)
         z = a.input
         if a.normalizes:
             z = torch.ops.styleforge.normalize.default(a.input, *a.norm, a.residual, a.channels_last)
@@ -249,6 +250,17 @@ def _backward(
     if a.residual is not None:
         gradients["residual"] = grad_z
     return tuple(gradients.get(field) for field in Arguments._fields)
+
+
+def _through_output_activation(grad: Tensor, output: Tensor, a: Arguments) -> Tensor:
+    """The gradient of what ``a.output_activation`` made ``output`` of, recomputed where it must be known."""
+    through = gradient_by_value(grad, output, a.output_activation)
+    if through is None:
+        plain = a._replace(output_activation="none", statistics=False, keep_input=False)
+        raw = torch.ops.styleforge.conv2d.default(*plain)[0]
+        dtype = statistics_dtype(raw.dtype)
+        through = activation_gradient(grad.to(dtype), raw.to(dtype), a.output_activation)
+    return through.to(output.dtype)
 
 
 def _pad_gradient(grad: Tensor, input: Tensor, padding: list[int], mode: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sf_compile.ops import reference
-from sf_compile.ops.checks import ACTIVATIONS, check_channels, check_choice, check_image, check_residual
+from sf_compile.ops.checks import check_activation, check_channels, check_image, check_residual
 from sf_compile.ops.instance_statistics import statistics_gradient
 from sf_compile.ops.library import empty_image, register
 from sf_compile.ops.normalize import Norm, normalize_gradients
@@ -38,7 +38,7 @@ class Arguments(NamedTuple):
 def _check(a: Arguments) -> None:
     check_image("instance_norm", a.input)
     check_channels("instance_norm", a.input, weight=a.weight, bias=a.bias)
-    check_choice("instance_norm", "activation", a.activation, ACTIVATIONS)
+    check_activation("instance_norm", "activation", a.activation)
     check_residual("instance_norm", a.input, a.residual)
 
 

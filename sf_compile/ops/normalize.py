@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sf_compile.ops import reference
-from sf_compile.ops.checks import ACTIVATIONS, check_choice, check_image, check_norm, check_residual
+from sf_compile.ops.activation_gradients import activation_gradient
+from sf_compile.ops.checks import check_activation, check_image, check_norm, check_residual
 from sf_compile.ops.library import empty_image, register
 
 SCHEMA = (
@@ -59,15 +60,14 @@ def normalize_gradients(grad: Tensor, input: Tensor, norm: Norm) -> NormGradient
     centred = input.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
     grad = grad.to(centred.dtype)
     if mean is None or variance is None:
-        grad_input = torch.where(centred > 0, grad, 0) if activation == "relu" else grad
-        return NormGradients(grad_input, None, None, None, None)
+        return NormGradients(activation_gradient(grad, centred, activation), None, None, None, None)
     centred = centred - reference.per_channel(mean)
     inverse = torch.rsqrt(reference.per_channel(variance) + eps)
     scale = inverse if weight is None else inverse * reference.per_channel(weight.to(inverse.dtype))
-    if activation == "relu":
+    if activation != "none":
         value = centred * scale
         value = value if bias is None else value + reference.per_channel(bias.to(value.dtype))
-        grad = torch.where(value > 0, grad, 0)
+        grad = activation_gradient(grad, value, activation)
     total = grad.sum((2, 3))
     correlation = (grad * centred).sum((2, 3))
     flat = inverse.flatten(1)
@@ -103,7 +103,7 @@ class Arguments(NamedTuple):
 def _check(a: Arguments) -> None:
     check_image("normalize", a.input)
     check_norm("normalize", a.input, a.mean, a.variance, a.weight, a.bias)
-    check_choice("normalize", "activation", a.activation, ACTIVATIONS)
+    check_activation("normalize", "activation", a.activation)
     check_residual("normalize", a.input, a.residual)
 
 

@@ -12,12 +12,13 @@ be compiled. Sixteen-bit pictures are normalised in float32 and rounded once, at
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sf_compile.activations import parse
 from sf_compile.ops.checks import statistics_dtype
 
 CONSTANT_ROOT = 2.0**-10
@@ -104,6 +105,22 @@ def affine(
     return x if bias is None else x.add_(per_channel(bias.to(x.dtype)))
 
 
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "none": lambda x: x, "relu": torch.relu_, "leaky_relu": F.leaky_relu, "hardtanh": F.hardtanh_,
+    "clamp": torch.clamp_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_,
+    "silu": torch.ops.aten.silu_, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "elu": F.elu,
+}  # fmt: skip
+
+
+def activate_(x: Tensor, activation: str) -> Tensor:
+    """An activation of ``sf_compile.activations``, which may write into ``x``; returns the result."""
+    function, parameters, scale, offset = found = parse(activation)
+    x = _FUNCTIONS[function](x, *parameters)
+    # Autograd may have kept the function's value: it is not written into.
+    return (x * scale).add_(offset) if found.is_scaled else x
+
+
 def normalize(
     input: Tensor,
     mean: Tensor | None,
@@ -115,9 +132,7 @@ def normalize(
     residual: Tensor | None,
 ) -> Tensor:
     """act((input - mean) / sqrt(variance + eps) * weight + bias) + residual, in ``input``'s dtype."""
-    x = affine(input, mean, variance, weight, bias, eps)
-    if activation == "relu":
-        x.relu_()
+    x = activate_(affine(input, mean, variance, weight, bias, eps), activation)
     if residual is not None:
         x.add_(residual)
     return x.to(input.dtype)
@@ -140,6 +155,8 @@ def pad(input: Tensor, padding: Sequence[int], mode: str) -> Tensor:
 def conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], activation: str
 ) -> Tensor:
-    """The convolution of an input already padded, and its activation."""
+    """The convolution of an input already padded, and its activation, rounded once if it rounds at all."""
     out = F.conv2d(input, weight, bias, list(stride))
-    return out.relu_() if activation == "relu" else out
+    if activation in ("none", "relu"):
+        return activate_(out, activation)
+    return activate_(out.to(statistics_dtype(out.dtype)), activation).to(out.dtype)

@@ -100,7 +100,8 @@ def _on_cuda(convolve: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Ten
     check(_layer(a.input, a.weights[0], a[1:6], a.activation, None, True))
     finish = residual_trunk.Finish(*a[1:6], a.activation == "relu")
     norms = list(zip(a.norm_weights, a.norm_biases, strict=True))
-    if residual_trunk.refusal(a.input, finish, a.weights, norms) is None:
+    known = a.activation in ("none", "relu")
+    if known and residual_trunk.refusal(a.input, finish, a.weights, norms) is None:
         return residual_trunk.trunk(a.input, finish, a.weights, norms, a.inner_eps)
     return _layers(convolve, a)
 
