@@ -17,6 +17,8 @@
 //    each parity (p, q) of the output's row and column, with weights summed beforehand (4/9 of the products). Row block
 //    (p, q) reads from source pixel (y - 1 + p, x - 1 + q). Where several q (or p) share a row block, they share the
 //    window (x - 1, x) instead and write the columns 2x and 2x - 1, over one window more.
+//  * A transposed convolution of stride 2 with up to 4x4 taps, cut to twice the picture, sees the same 2x2 pixels: it
+//    is this form with zeros around the source, and with weights of another packing.
 //
 // Constants: DTYPE, PARAMETER, CHANNELS (in), OUT_CHANNELS, KERNEL_H, KERNEL_W, STRIDE (1, 2), SUBPIXEL, PAD (0 none,
 // 1 zeros, 2 reflect, 3 replicate; of the source when SUBPIXEL), SLOT_CHANNELS (16, 32), SLOTS, STREAMED, TRANSFORM (0

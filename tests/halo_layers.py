@@ -38,6 +38,7 @@ class Layer(NamedTuple):
     parameter: torch.dtype | None = None  # of the norm's weight and bias; None: the picture's
     activation: str | None = None  # None: as ``relu`` says
     output: str = "none"
+    transposed: bool = False
 
 
 PLAIN = Layer(128, 128)
@@ -112,7 +113,9 @@ def made(
         return around[1:-1]
 
     x = amid_nan()
-    weight = torch.randn(o, c, *layer.kernel, device=device) / (c * layer.kernel[0] * layer.kernel[1]) ** 0.5
+    channels = (c, o) if layer.transposed else (o, c)
+    weight = torch.randn(*channels, *layer.kernel, device=device)
+    weight /= (c * layer.kernel[0] * layer.kernel[1]) ** 0.5
     mean = variance = gamma = beta = None
     if layer.norm != "none":
         if layer.norm == "instance":
@@ -127,6 +130,7 @@ def made(
         amid_nan() if layer.residual else None,
         layer.upsample, list(layer.padding), layer.mode, [layer.stride] * 2,
         "relu" if layer.output_relu else layer.output, layer.statistics, layer.keep, True,
+        layer.transposed,
     )  # fmt: skip
 
 
@@ -156,10 +160,16 @@ def steps(a: Arguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             z = ops.normalize(a.input, *a.norm[:4], a.eps, "none", None, True)
     z = reference.activate_(z.clone(), a.activation)
     z = z if a.residual is None else z + a.residual.to(dtype)
+    weight, bias = a.weight.to(dtype), None if a.bias is None else a.bias.to(dtype)
+    if a.transposed:
+        left, right, top, bottom = a.padding
+        whole = F.conv_transpose2d(z, weight, bias, a.stride)
+        out = whole[:, :, top : whole.shape[2] - bottom, left : whole.shape[3] - right]
+        return out.relu() if a.output_activation == "relu" else out, z
     padded = F.interpolate(z, scale_factor=float(a.upsample)) if a.upsample > 1 else z
     if any(a.padding):
         padded = F.pad(padded, a.padding, mode={"zeros": "constant"}.get(a.padding_mode, a.padding_mode))
-    out = F.conv2d(padded, a.weight.to(dtype), None if a.bias is None else a.bias.to(dtype), a.stride)
+    out = F.conv2d(padded, weight, bias, a.stride)
     return reference.activate_(out, a.output_activation), z
 
 

@@ -235,7 +235,7 @@ FUSES: dict[str, Case] = {
             "pad+conv+norm+add", "pad+conv+norm+relu", "pad+conv+norm+add", "upsample+pad+conv",
         ),
     ),
-    "U-Net": Case(unet, ("conv+norm+relu", "conv+norm+relu", "pad+conv")),
+    "U-Net": Case(unet, ("conv+norm+relu", "conv+norm+relu+upsample", "pad+conv")),
     "called twice": Case(shared_twice, ("pad+conv+norm+relu", "pad+conv+norm+relu")),
     "two consumers": Case(two_consumers, ("pad+conv+norm+relu", "conv+norm", "conv+norm")),
     "pre-activation": Case(preactivation, ("norm+relu", "pad+conv+add")),

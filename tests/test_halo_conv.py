@@ -29,9 +29,8 @@ def variant(channels: int, out_channels: int, kernel: tuple[int, int] = (3, 3), 
 # ---- packed weights ----------------------------------------------------------------------------------------
 
 
-def products(v: Variant, weight: Tensor, padded: Tensor) -> list[Tensor]:
+def products(v: Variant, packed: Tensor, padded: Tensor) -> list[Tensor]:
     """What the packed weights of each row block make of a padded picture (C, H, W): (64, rows, columns)."""
-    packed = halo_conv._pack(v, weight)
     taps_y, taps_x = v.taps
     shape = (v.row_blocks, v.depth, taps_y * taps_x, v.slot_channels // 8, 64, 8)
     assert packed.shape == shape and packed.is_contiguous()
@@ -40,7 +39,7 @@ def products(v: Variant, weight: Tensor, padded: Tensor) -> list[Tensor]:
     z[: v.channels] = padded
     results = []
     for block in packed:
-        rows = torch.zeros(64, v.depth * v.slot_channels, taps_y, taps_x, dtype=weight.dtype)
+        rows = torch.zeros(64, v.depth * v.slot_channels, taps_y, taps_x, dtype=packed.dtype)
         for slot, tap, chunk in itertools.product(*(range(n) for n in shape[1:4])):
             first = slot * v.slot_channels + 8 * chunk
             rows[:, first : first + 8, tap // taps_x, tap % taps_x] = block[slot, tap, chunk]
@@ -56,40 +55,46 @@ def test_packed_weights_of_a_plain_convolution(channels, out_channels):
         # Whole numbers, so that float64 is exact in any order.
         weight = torch.randint(-9, 10, (out_channels, channels, *kernel)).double()
         padded = torch.randint(-9, 10, (channels, 7, 9)).double()
-        out = torch.cat(products(v, weight, padded))
+        out = torch.cat(products(v, halo_conv._pack(v, weight), padded))
         assert torch.equal(out[:out_channels], F.conv2d(padded[None], weight, stride=stride)[0])
         assert not out[out_channels:].any()
+
+
+def enlarged_by(v: Variant, packed: Tensor, padded: Tensor) -> Tensor:
+    """What a sub-pixel form's packed weights make of a picture (C, H, W) padded by 1: (O, 2 H, 2 W)."""
+    out_channels, height, width = v.out_channels, padded.shape[1] - 2, padded.shape[2] - 2
+    shared_y, shared_x = out_channels <= 16, out_channels <= 32  # parities that share a row block
+    assert v.phase_rows == (16 if shared_y else 32 if shared_x else -(-out_channels // 64) * 64)
+    out = torch.full((out_channels, 2 * height, 2 * width), float("nan"), dtype=torch.float64)
+    for block, product in enumerate(products(v, packed, padded)):
+        for row in range(0, 64, min(v.phase_rows, 64)):
+            phase, channel = divmod(block * 64 + row, v.phase_rows)
+            p, q = divmod(phase, 2)
+            # Windows begin at (y - 1, x - 1) where parities share a row block, else at (y - 1 + p, ...);
+            # then the odd parity's are the rows 2 y - 1, over one more window.
+            y0, y1 = (0 if shared_y else p), height + shared_y
+            x0, x1 = (0 if shared_x else q), width + shared_x
+            windows = product[row : row + min(v.phase_rows, out_channels - channel), y0:, x0:]
+            for y, x_ in itertools.product(range(y1), range(x1)):
+                to_y = 2 * y + (-p if shared_y else p)
+                to_x = 2 * x_ + (-q if shared_x else q)
+                if 0 <= to_y < 2 * height and 0 <= to_x < 2 * width:
+                    to = out[channel : channel + len(windows), to_y, to_x]
+                    assert to.isnan().all(), "each output pixel is written once"
+                    to.copy_(windows[:64, y, x_])
+    return out
 
 
 @pytest.mark.parametrize(("channels", "out_channels"), COUNTS)
 def test_packed_weights_of_an_enlarging_convolution(channels, out_channels):
     v = variant(channels, out_channels, subpixel=True)
-    shared_y, shared_x = out_channels <= 16, out_channels <= 32  # parities that share a row block
-    assert v.phase_rows == (16 if shared_y else 32 if shared_x else -(-out_channels // 64) * 64)
-    height, width = 5, 6
     weight = torch.randint(-9, 10, (out_channels, channels, 3, 3)).double()
-    x = torch.randint(-9, 10, (1, channels, height, width)).double()
+    x = torch.randint(-9, 10, (1, channels, 5, 6)).double()
     enlarged = F.interpolate(x, scale_factor=2.0)
     for mode in MODES:
         # Reflecting the enlarged picture by a pixel is replicating the small one's.
         padded = F.pad(x, [1] * 4, mode=MODES["replicate" if mode == "reflect" else mode])[0]
-        out = torch.full((out_channels, 2 * height, 2 * width), float("nan"), dtype=torch.float64)
-        for block, product in enumerate(products(v, weight, padded)):
-            for row in range(0, 64, min(v.phase_rows, 64)):
-                phase, channel = divmod(block * 64 + row, v.phase_rows)
-                p, q = divmod(phase, 2)
-                # Windows begin at (y - 1, x - 1) where parities share a row block, else at (y - 1 + p, ...);
-                # then the odd parity's are the rows 2 y - 1, over one more window.
-                y0, y1 = (0 if shared_y else p), height + shared_y
-                x0, x1 = (0 if shared_x else q), width + shared_x
-                windows = product[row : row + min(v.phase_rows, out_channels - channel), y0:, x0:]
-                for y, x_ in itertools.product(range(y1), range(x1)):
-                    to_y = 2 * y + (-p if shared_y else p)
-                    to_x = 2 * x_ + (-q if shared_x else q)
-                    if 0 <= to_y < 2 * height and 0 <= to_x < 2 * width:
-                        to = out[channel : channel + len(windows), to_y, to_x]
-                        assert to.isnan().all(), "each output pixel is written once"
-                        to.copy_(windows[:64, y, x_])
+        out = enlarged_by(v, halo_conv._pack(v, weight), padded)
         exact = F.conv2d(F.pad(enlarged, [1] * 4, mode=MODES[mode]), weight)[0]
         assert torch.equal(out, exact)
 
@@ -231,7 +236,7 @@ def test_shared_memory_suffices_and_is_there():
 
 def test_variants_are_distinct_and_fit():
     made = list(halo_conv.variants())
-    assert len(made) == 42 and {source for source, _ in made} == {halo_conv.SOURCE}
+    assert len(made) == 44 and {source for source, _ in made} == {halo_conv.SOURCE}
     assert len({tuple(sorted(constants.items())) for _, constants in made}) == len(made)
     names = {"SLOT_CHANNELS", "SLOTS", "STREAMED", *(field.upper() for field in Variant._fields)}
     for _, constants in made:

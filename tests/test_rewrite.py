@@ -189,10 +189,12 @@ def test_one_call_a_convolution():
     )
     nothing = (None, None, None, None, 1.0, "none", None)
     assert [node.args[1] for node in (raw, mean, variance)] == [0, 1, 2]
-    assert first.args == (x, w, None, *nothing, 2, [0, 1, 3, 4], "zeros", [2, 1], "none", True, False, True)
+    assert first.args == (
+        x, w, None, *nothing, 2, [0, 1, 3, 4], "zeros", [2, 1], "none", True, False, True, False
+    )  # fmt: skip
     assert second.args == (
         raw, w, None, mean, variance, v, v, 1e-3, "relu", None, 1, [1, 1, 1, 1], "reflect", [1, 1], "none",
-        False, False, False,
+        False, False, False, False,
     )  # fmt: skip
 
 
@@ -206,7 +208,7 @@ def test_kept_input_is_the_residual():
 
     _, (first, second, third) = rewritten_by_hand(build)
     assert [node.target for node in (first, second, third)] == [OPS.conv2d.default] * 3
-    assert [node.args[-2] for node in (first, second, third)] == [False, True, False]  # keep_input
+    assert [node.args[16] for node in (first, second, third)] == [False, True, False]  # keep_input
     residual = third.args[9]
     assert (residual.target, residual.args) == (getitem, (second, 3))
 

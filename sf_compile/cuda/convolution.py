@@ -42,6 +42,7 @@ def _finished(a: Arguments, z: Tensor) -> Arguments:
 
 
 _KERNELS: tuple[Any, ...] = (last_conv, first_conv, halo_conv)
+_TRANSPOSING: tuple[Any, ...] = (halo_conv,)
 _choices: dict[tuple[Any, ...], tuple[Any, bool]] = {}
 
 
@@ -54,7 +55,8 @@ def choice(a: Arguments) -> tuple[Any, bool]:
     key = _key(a)
     found = _choices.get(key)
     if found is None:
-        refusals = [(kernel, kernel.refusal(a)) for kernel in _KERNELS]
+        kernels = _TRANSPOSING if a.transposed else _KERNELS
+        refusals = [(kernel, kernel.refusal(a)) for kernel in kernels]
         kernel = next((kernel for kernel, refusal in refusals if refusal is None), None)
         split = False
         if kernel is None and a.normalizes and usable(a.input):
@@ -77,7 +79,8 @@ def _explain(a: Arguments, kernel: Any, split: bool, refusals: list[tuple[Any, s
         runs = f"a pass that finishes the input, then {runs}"
     reasons = "; ".join(f"not {other.SOURCE}: {reason}" for other, reason in refusals if reason)
     _log.debug(
-        "conv2d of %s %s by %s: %s (%s)",
+        "%s of %s %s by %s: %s (%s)",
+        "transposed conv2d" if a.transposed else "conv2d",
         a.input.dtype, tuple(a.input.shape), tuple(a.weight.shape), runs, reasons or "its first choice",
     )  # fmt: skip
 
@@ -92,7 +95,7 @@ def _key(a: Arguments) -> tuple[Any, ...]:
         *(None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in pictures),
         *(None if t is None else (t.dtype, t.dim(), t.is_contiguous()) for t in vectors),
         *(None if t is None else (t.dtype, dense_channels(t)) for t in affine),
-        a.activation, a.upsample, *a.padding, a.padding_mode, *a.stride, *a[-4:],
+        a.activation, a.upsample, *a.padding, a.padding_mode, *a.stride, *a[-5:],
     )  # fmt: skip
 
 
@@ -105,12 +108,12 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return out, mean, variance, z if a.keep_input else none
     if kernel is not None:
         return kernel.conv2d(a)
-    left, right, top, bottom = a.padding
+    left, right, top, bottom = (0, 0, 0, 0) if a.transposed else a.padding
     if not usable(a.input, a.input.shape[3] * a.upsample + left + right):
         return composed(a)
     channels_last = runs_channels_last(a)
     zeros = a.padding_mode == "zeros" and left == right and top == bottom
-    copies = a.upsample > 1 or (any(a.padding) and not zeros)
+    copies = a.upsample > 1 or (any((left, right, top, bottom)) and not zeros)
     in_layout = is_channels_last(a.input) if channels_last else a.input.is_contiguous()
     z, kept = a.input, None
     if a.normalizes or copies or not in_layout:
@@ -123,7 +126,10 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if a.keep_input and kept is None:
             kept = z
     weight = packing.channels_last(a.weight) if channels_last else a.weight
-    out = torch.conv2d(z, weight, a.bias, list(a.stride), [top, left] if zeros else [0, 0])
+    if a.transposed:
+        out = reference.conv_transpose2d(z, weight, a.bias, a.stride, a.padding, "none")
+    else:
+        out = torch.conv2d(z, weight, a.bias, list(a.stride), [top, left] if zeros else [0, 0])
     out = reference.activate_(out, a.output_activation)
     dtype = statistics_dtype(a.input.dtype)
     if a.statistics:

@@ -141,6 +141,9 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
         (512, 256, 3, 1, False, 2, False, False, False, True, True),
         (64, 256, 1, 1, False, 0, True, True, True, False, False),
         (24, 40, 5, 1, False, 1, False, False, False, True, True),
+        (256, 128, 3, 1, True, 1, False, False, True, False, False),  # transposed
+        (128, 64, 3, 1, True, 1, True, True, True, False, False),
+        (64, 32, 3, 1, True, 1, True, True, True, False, False),
     ]
     for channels, out, kernel, *rest in kinds:
         for dtype in hopper.SIXTEEN_BIT.values():
@@ -155,14 +158,16 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def _variant(a: Arguments) -> Variant:
-    subpixel = a.upsample == 2
-    pad = PADS[a.padding_mode] if any(a.padding) else 0
+    subpixel = a.upsample == 2 or a.transposed
+    # The windows of the sub-pixel form are alike whatever the kernel: one variant for all.
+    kh, kw, stride = (3, 3, 1) if subpixel else (a.weight.shape[2], a.weight.shape[3], a.stride[0])
+    # A window of a transposed convolution may lie outside with taps of which the kernel has none.
+    pad = PADS[a.padding_mode] if any(a.padding) or a.transposed else 0
     if subpixel and pad == PADS["reflect"]:
         pad = PADS["replicate"]  # what reflecting the enlarged picture by one pixel comes to
     return Variant(
-        hopper.SIXTEEN_BIT[a.input.dtype], hopper.parameter(a) or 0, a.input.shape[1], a.weight.shape[0],
-        a.weight.shape[2], a.weight.shape[3], a.stride[0], subpixel, pad,
-        activation.code(a.activation), a.normalizes, a.statistics,
+        hopper.SIXTEEN_BIT[a.input.dtype], hopper.parameter(a) or 0, a.input.shape[1], a.out_channels,
+        kh, kw, stride, subpixel, pad, activation.code(a.activation), a.normalizes, a.statistics,
         a.bias is not None, activation.code(a.output_activation),
     )  # fmt: skip
 
@@ -180,25 +185,31 @@ def refusal(a: Arguments) -> str | None:
     if reason is not None:
         return reason
     n, c, h, w = a.input.shape
-    o, _, kh, kw = a.weight.shape
+    o, (kh, kw) = a.out_channels, a.weight.shape[2:]
     left, right, top, bottom = a.padding
+    stride = 1 if a.transposed else a.stride[0]  # of the windows
     if c % 8 or o % 8 or o == 0:
         return f"{c} -> {o} channels: whole 16-byte accesses need multiples of 8"
     if not a.channels_last or not _usable_picture(a.input):
         return "the picture is not channels_last"
     if a.residual is not None or a.keep_input:
         return "a residual, or an input that is kept, is finished by a pass of its own"
-    if a.upsample == 2:
+    if a.transposed:
+        if a.upsample != 1 or tuple(a.stride) != (2, 2):
+            return f"a transposed convolution of stride {tuple(a.stride)}, upsampling by {a.upsample}"
+        if not (_sees_two(kh, top, bottom) and _sees_two(kw, left, right)):
+            return f"a transposed {kh}x{kw} convolution padded by {tuple(a.padding)}"
+    elif a.upsample == 2:
         if (kh, kw) != (3, 3) or tuple(a.stride) != (1, 1) or tuple(a.padding) != (1, 1, 1, 1):
             return "an upsampling other than by 2, followed by a 3x3 convolution padded by 1"
     elif a.upsample != 1:
         return f"upsampling by {a.upsample}"
-    elif tuple(a.stride) not in ((1, 1), (2, 2)) or min(kh, kw) < a.stride[0]:
+    elif tuple(a.stride) not in ((1, 1), (2, 2)) or min(kh, kw) < stride:
         return f"stride {tuple(a.stride)} of a {kh}x{kw} kernel"
     elif max(kh, kw) > 7:
         return f"a {kh}x{kw} kernel"
     # A mirrored pixel has to lie in the tile that needs it.
-    if a.upsample == 1:
+    if a.upsample == 1 and not a.transposed:
         reflects = a.padding_mode == "reflect"
         far = 2 if reflects else 1
         if top >= kh or left >= kw or far * bottom > kh - 1 or far * right > kw - 1:
@@ -209,10 +220,18 @@ def refusal(a: Arguments) -> str | None:
         return f"a {kh}x{kw} kernel over {c} channels does not fit into shared memory"
     if variant.row_blocks > multiprocessors(a.input.device.index):
         return f"{o} output channels are more than the GPU has multiprocessors for"
-    tiles = n * (h // (_TILE_H * a.stride[0]) + 2) * (w // (_TILE_W * a.stride[1]) + 2)
+    tiles = n * (h // (_TILE_H * stride) + 2) * (w // (_TILE_W * stride) + 2)
     if tiles > _MOST_TILES or h * w * c >= 2**31:
         return "the picture is larger than the kernel counts"
     return None
+
+
+def _sees_two(taps: int, before: int, after: int) -> bool:
+    """Whether a transposed convolution of stride 2 sees the pixels that the sub-pixel form does.
+
+    Along one axis: of every output pixel of one parity the same two source pixels, and twice as many in all.
+    """
+    return taps - 3 <= before <= 1 and before + after == taps - 2
 
 
 @functools.cache
@@ -225,7 +244,7 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``styleforge::conv2d``; the caller has asked ``refusal``."""
     x, index = a.input, a.input.device.index
     n, c, h, w = x.shape
-    o, _, kh, kw = a.weight.shape
+    o, (kh, kw) = a.out_channels, a.weight.shape[2:]
     left, right, top, bottom = a.padding
     variant = _variant(a)
     memory = variant.memory()
@@ -242,7 +261,12 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = empty_image((n, o, out_h, out_w), x, True)
     mean, variance = hopper.statistics_outputs(a)
     form = f"halo_conv subpixel={variant.subpixel} slot={variant.slot_channels}"
-    weights = packed(a.weight, form, functools.partial(_pack, variant))
+    pack = functools.partial(_pack, variant)
+    if a.transposed:
+        form += f" transposed {top} {left}"
+        pack = functools.partial(_pack_transposed, variant, top, left)
+        top = left = 1  # windows begin where those of a picture enlarged by 2 do
+    weights = packed(a.weight, form, pack)
     box = (variant.slot_channels, *variant.plane)
     maps = [channels_last_map(x.data_ptr(), x.dtype, (n, c, h, w), box, variant.stride)]
     box = (min(variant.phase_rows, 64), _TILE_H, _ROUND)
@@ -268,8 +292,17 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _pack(variant: Variant, weight: Tensor) -> Tensor:
     """Weights (O, C, kh, kw) as (row block, slot, tap, chunk of 8 channels, 64 rows, 8 channels)."""
-    o, c, _, _ = weight.shape
-    taps = subpixel_weights(weight) if variant.subpixel else weight[None]
+    return _rows(variant, subpixel_weights(weight) if variant.subpixel else weight[None])
+
+
+def _pack_transposed(variant: Variant, top: int, left: int, weight: Tensor) -> Tensor:
+    """Weights (C, O, kh, kw) of a transposed convolution, in the same layout."""
+    return _rows(variant, transposed_weights(weight, top, left))
+
+
+def _rows(variant: Variant, taps: Tensor) -> Tensor:
+    """Weights (phase, O, C, rows, columns) of the convolutions as they are computed, in that layout."""
+    _, o, c, _, _ = taps.shape
     depth = variant.depth * variant.slot_channels
     rows = taps.new_zeros((len(taps), variant.phase_rows, depth, *taps.shape[3:]))
     rows[:, :o, :c] = taps
@@ -286,6 +319,19 @@ def subpixel_weights(weight: Tensor) -> Tensor:
     """
     rows = _summed(weight.double(), 2)
     return torch.stack([part for row in rows for part in _summed(row, 3)]).to(weight.dtype)
+
+
+def transposed_weights(weight: Tensor, top: int, left: int) -> Tensor:
+    """(C, O, kh, kw) of a transposed convolution of stride 2, as (4, O, C, 2, 2) on its source.
+
+    ``top`` and ``left`` are cut off its result. Indexed as ``subpixel_weights`` are. Along one axis output
+    pixel 2 i + p has source pixel i - 1 + p + j times tap before - p + 2 - 2 j: every other one of the four
+    taps from before - 1 on, backwards, and those that the kernel does not have are zeros.
+    """
+    kh, kw = weight.shape[2:]
+    four = torch.nn.functional.pad(weight.transpose(0, 1), (1 - left, left + 3 - kw, 1 - top, top + 3 - kh))
+    backwards = four.flip(2, 3)
+    return torch.stack([backwards[:, :, p::2, q::2] for p in (0, 1) for q in (0, 1)])
 
 
 def _summed(weight: Tensor, dim: int) -> list[Tensor]:

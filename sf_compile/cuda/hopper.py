@@ -79,7 +79,7 @@ def statistics_outputs(a: Arguments) -> tuple[Tensor, Tensor]:
     if not a.statistics:
         dtype = statistics_dtype(a.input.dtype)
         return absent(a.input, dtype), absent(a.input, dtype)
-    shape = (a.input.shape[0], a.weight.shape[0])
+    shape = (a.input.shape[0], a.out_channels)
     mean = torch.empty(shape, dtype=torch.float32, device=a.input.device)
     return mean, torch.empty_like(mean)
 
@@ -88,6 +88,6 @@ def sums_arguments(a: Arguments, mean: Tensor, variance: Tensor) -> tuple[int, i
     """Workspace, mean and variance for csrc/channel_sums.cuh, for ``SUMS_SIGNATURE``; zeros for none."""
     if not a.statistics:
         return 0, 0, 0
-    size = _HEADER_BYTES + _TOTAL_BYTES * a.input.shape[0] * a.weight.shape[0]
+    size = _HEADER_BYTES + _TOTAL_BYTES * a.input.shape[0] * a.out_channels
     return zeroed(a.input.device, "channel sums", size), mean.data_ptr(), variance.data_ptr()
 

@@ -177,8 +177,17 @@ def _row_segments(index: int, images: int, rows: int, width: int, columns: int) 
     return -(-width // length), length
 
 
-def normalize(input: Tensor, norm: Norm, residual: Tensor | None, channels_last: bool) -> Tensor:
+def normalize(
+    input: Tensor,
+    norm: Norm,
+    residual: Tensor | None,
+    channels_last: bool,
+    upsample: int = 1,
+    padding: Sequence[int] = (0, 0, 0, 0),
+    padding_mode: str = "zeros",
+) -> Tensor:
     """``styleforge::normalize``; its arguments have been checked."""
-    if not usable(input):
-        return reference.layout(reference.normalize(input, *norm, residual), channels_last)
-    return apply(input, norm, residual, 1, (0, 0, 0, 0), "zeros", channels_last)[0]
+    if not usable(input, input.shape[3] * upsample + padding[0] + padding[1]):
+        z = reference.normalize(input, *norm, residual)
+        return reference.layout(reference.moved(z, upsample, padding, padding_mode), channels_last)
+    return apply(input, norm, residual, upsample, padding, padding_mode, channels_last)[0]

@@ -84,7 +84,7 @@ def _renewed(
 
 
 def channels_last(weight: Tensor) -> Tensor:
-    """``weight`` (O, C, kh, kw) in channels_last."""
+    """``weight`` (O, C, kh, kw), or (C, O, kh, kw), in channels_last."""
     if weight.is_contiguous(memory_format=torch.channels_last):
         return weight
     return packed(weight, "channels_last", _channels_last).weight

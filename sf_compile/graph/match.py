@@ -4,7 +4,8 @@
 
 A chain is followed only through tensors with a single reader; it ends where another reader needs
 the tensor, or where a barrier lies between a step and the next, and the step that could not be taken
-is reported with that reason.
+is reported with that reason. Once every convolution has its chain, an upsampling or a pad that is left over
+and alone reads what a site finishes is the site's last step: one op writes what it moves.
 """
 
 from __future__ import annotations
@@ -18,9 +19,21 @@ import torch
 from torch import fx
 
 from sf_compile.activations import Activation
-from sf_compile.graph import patterns, spelling
+from sf_compile.graph import crops, patterns, spelling
 from sf_compile.graph.normalize import NormalizedGraph
-from sf_compile.graph.patterns import Activate, Add, Affine, Conv, Miss, Norm, Pad, Step, Upsample
+from sf_compile.graph.patterns import (
+    Activate,
+    Add,
+    Affine,
+    Conv,
+    ConvTranspose,
+    Crop,
+    Miss,
+    Norm,
+    Pad,
+    Step,
+    Upsample,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,22 +54,30 @@ class Match:
     upsample: Upsample | None = None
     pad: Pad | None = None
     conv: Conv | None = None
+    crops: tuple[Crop, ...] = ()
     norm: Norm | None = None
     activation: Activate | None = None
     affines: tuple[Affine, ...] = ()
     add: Add | None = None
+    upsample_after: Upsample | None = None
+    pad_after: Pad | None = None
 
     @property
     def steps(self) -> tuple[Step, ...]:
         """The steps that are present, first to last."""
-        first = (self.before, self.upsample, self.pad, self.conv, self.norm, self.activation)
-        every = (*first, *self.affines, self.add)
+        first = (self.before, self.upsample, self.pad, self.conv, *self.crops, self.norm, self.activation)
+        every = (*first, *self.affines, self.add, self.upsample_after, self.pad_after)
         return tuple(step for step in every if step is not None)
 
     @property
     def pattern(self) -> str:
         """The site's kind, spelled like ``upsample+pad+conv+norm+relu``."""
-        return "+".join(label for label, _ in itertools.groupby(step.label for step in self.steps))
+        return "+".join(label for label, _ in itertools.groupby(step.kind for step in self.steps))
+
+    @property
+    def moves(self) -> bool:
+        """Whether what the site finishes is upsampled or padded by its last steps."""
+        return self.upsample_after is not None or self.pad_after is not None
 
     @property
     def function(self) -> Activation:
@@ -104,6 +125,7 @@ def match(graph: NormalizedGraph) -> Matches:
     for node in graph.graph.nodes:
         if finder.operation(node) in patterns.NORMS and node not in finder.taken:
             finder.visit(node, patterns.NORMS[node.target])
+    finder.extend()
     sites = sorted(finder.sites, key=lambda site: finder.order[site.anchor])
     finder.report_leftovers()
     taken = {node.name for node in finder.taken}
@@ -155,6 +177,8 @@ class _Finder:
         """The site of a convolution: backwards through pad and upsample, then forwards."""
         site = Match(conv=conv)
         input = conv.input
+        if isinstance(conv, ConvTranspose):  # what pads its input is no padding of its own
+            return self.forward(self.cropped(site))
         if self.operation(input) is spelling.PAD and self.joins(input, conv.node):
             pad = patterns.pad(input)
             if isinstance(pad, Miss):
@@ -181,6 +205,40 @@ class _Finder:
         if activation in self.taken or self.operation(producer) not in patterns.NORMS:
             return activation in self.taken
         return len(producer.users) == 1 and isinstance(patterns.NORMS[producer.target](producer), Norm)
+
+    def cropped(self, site: Match) -> Match:
+        """``site`` with the crops between its convolution and a norm: an instance norm of what is left."""
+        end = site
+        while (node := self.next(end)) is not None and self.operation(node) in crops.CROPS:
+            crop = crops.crop(node)
+            if isinstance(crop, Miss):
+                return site
+            end = replace(end, crops=(*end.crops, crop))
+        if node is None or self.operation(node) not in patterns.NORMS:
+            return site
+        return end if isinstance(patterns.NORMS[node.target](node), Norm) else site
+
+    def extend(self) -> None:
+        """Give each site that has a finish what moves it: the upsampling and pad that alone read it."""
+        self.sites = [self.moved(site) for site in self.sites]
+        for site in self.sites:
+            self.taken.update(step.node for step in site.steps)
+
+    def moved(self, site: Match) -> Match:
+        """``site`` with the upsampling and the pad behind it that no other site has."""
+        if site.norm is None and site.add is None:
+            return site
+        node = self.next(site)
+        if node is not None and self.operation(node) is spelling.INTERPOLATE and node not in self.taken:
+            upsample = patterns.upsample(node)
+            if isinstance(upsample, Upsample):
+                site = replace(site, upsample_after=upsample)
+                node = self.next(site)
+        if node is not None and self.operation(node) is spelling.PAD and node not in self.taken:
+            pad = patterns.pad(node)
+            if isinstance(pad, Pad):
+                site = replace(site, pad_after=pad)
+        return site
 
     def forward(self, site: Match) -> Match:
         """Follow the chain from the site's end: norm, then activation, then affine maps, then add."""
@@ -262,7 +320,7 @@ class _Finder:
         return name and f"{name} writes in place, or switches a mode, between {node.name} and {reader.name}"
 
     def report_leftovers(self) -> None:
-        """Say of each unfused pad and upsample why it stayed."""
+        """Say of each unfused pad, upsample and pixel shuffle why it stayed."""
         for node in self.graph.graph.nodes:
             if node in self.taken or node.name in self.misses:
                 continue
@@ -271,8 +329,9 @@ class _Finder:
                 step = patterns.pad(node)
             elif self.operation(node) is spelling.INTERPOLATE:
                 step = patterns.upsample(node)
+            elif node.op == "call_function" and node.target in patterns.LEFT:
+                step = Miss(node.name, patterns.LEFT[node.target])
             if isinstance(step, Miss):
                 self.miss(step)
             elif step is not None:
                 self.miss(Miss(node.name, "its reader is not a convolution that is fused"))
-

@@ -5,6 +5,9 @@ A site is a chain of single-reader steps around one convolution or norm:
     [activation] -> [upsample] -> [pad] -> conv -> [norm] -> [activation] -> [affine] -> [add]
     norm -> [activation] -> [affine] -> [add]
 
+A transposed convolution has no pad in front of it, and may be cropped behind it. What a site finishes for
+a reader that is no fused convolution may be upsampled and padded behind it.
+
 Each rule below reads one canonical node and returns its step, or a ``Miss`` that says why this
 node is left alone. Rules look at constants and at the fake tensors that Dynamo recorded; they
 never turn a symbolic size into a number, so they add no guard.
@@ -41,8 +44,8 @@ class Step:
     input: fx.Node
 
     @property
-    def label(self) -> str:
-        """What a pattern calls it."""
+    def kind(self) -> str:
+        """The step's name in a pattern."""
         return type(self).__name__.lower()
 
 
@@ -69,6 +72,28 @@ class Conv(Step):
     bias: fx.Node | None
     stride: tuple[int, int]
     padding: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ConvTranspose(Conv):
+    """A dense transposed 2-D convolution, whose ``padding`` is cut off its result.
+
+    ``output_padding`` (height, width) is not cut off at the end.
+    """
+
+    output_padding: tuple[int, int]
+
+    @property
+    def kind(self) -> str:
+        """The step's name in a pattern."""
+        return "conv_transpose"
+
+
+@dataclass(frozen=True)
+class Crop(Step):
+    """(left, right, top, bottom) pixels are cut off."""
+
+    sizes: tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -103,7 +128,7 @@ class Activate(Step):
     activation: Activation
 
     @property
-    def label(self) -> str:
+    def kind(self) -> str:
         """The function's name."""
         return self.activation.function
 
@@ -212,6 +237,37 @@ def conv(node: fx.Node) -> Conv | Miss:
         return Miss(node.name, f"grouped convolution (groups={groups})")
     if dilation != (1, 1):
         return Miss(node.name, f"dilated convolution (dilation={dilation})")
+    if (miss := _operands(node, input, weight, bias, stride)) is not None:
+        return miss
+    kernel = value_of(weight).shape[2:]
+    if padding == "valid":
+        padding = (0, 0)
+    elif padding == "same":
+        if not all(isinstance(k, int) and k % 2 for k in kernel):
+            return Miss(node.name, "'same' padding of an even kernel")
+        padding = tuple(k // 2 for k in kernel)
+    if not _constant_pair(padding):
+        return Miss(node.name, f"padding {padding} is not a constant")
+    return Conv(node, input, weight, bias, stride, padding)
+
+
+def conv_transpose(node: fx.Node) -> ConvTranspose | Miss:
+    """torch.conv_transpose2d of one dtype, ungrouped and undilated, by constant sizes."""
+    input, weight, bias, stride, padding, output_padding, groups, dilation = _arguments(node)
+    if groups != 1:
+        return Miss(node.name, f"grouped transposed convolution (groups={groups})")
+    if dilation != (1, 1):
+        return Miss(node.name, f"dilated transposed convolution (dilation={dilation})")
+    if (miss := _operands(node, input, weight, bias, stride)) is not None:
+        return miss
+    for name, value in (("padding", padding), ("output_padding", output_padding)):
+        if not _constant_pair(value):
+            return Miss(node.name, f"{name} {value} is not a constant")
+    return ConvTranspose(node, input, weight, bias, stride, padding, output_padding)
+
+
+def _operands(node: fx.Node, input: Any, weight: Any, bias: Any, stride: Any) -> Miss | None:
+    """Why a convolution of these is none that the ops take; None if it is one."""
     if not _constant_pair(stride):
         return Miss(node.name, f"stride {stride} is not a constant")
     if (miss := _image(node, "convolution")) is not None:
@@ -225,16 +281,7 @@ def conv(node: fx.Node) -> Conv | Miss:
     if len(dtypes) > 1:
         mixed = ", ".join(sorted(map(str, dtypes)))
         return Miss(node.name, f"convolution that mixes dtypes (autocast?): {mixed}")
-    kernel = value_of(weight).shape[2:]
-    if padding == "valid":
-        padding = (0, 0)
-    elif padding == "same":
-        if not all(isinstance(k, int) and k % 2 for k in kernel):
-            return Miss(node.name, "'same' padding of an even kernel")
-        padding = tuple(k // 2 for k in kernel)
-    if not _constant_pair(padding):
-        return Miss(node.name, f"padding {padding} is not a constant")
-    return Conv(node, input, weight, bias, stride, padding)
+    return None
 
 
 def _constant_pair(value: Any) -> bool:
@@ -351,7 +398,15 @@ def add(node: fx.Node, branch: fx.Node) -> Add | Miss:
     return Add(node, branch, other)
 
 
-CONVOLUTIONS: dict[Any, Callable[[fx.Node], Conv | Miss]] = {spelling.CONV2D: conv}
+CONVOLUTIONS: dict[Any, Callable[[fx.Node], Conv | Miss]] = {
+    spelling.CONV2D: conv,
+    spelling.CONV_TRANSPOSE2D: conv_transpose,
+}
+# What is left to PyTorch whatever surrounds it, and why.
+LEFT = {
+    torch.pixel_shuffle: "a pixel shuffle: a norm behind it takes statistics over several of the "
+    "convolution's channels; the ops around it fuse",
+}
 NORMS: dict[Any, Callable[[fx.Node], Norm | Miss]] = {
     spelling.INSTANCE_NORM: instance_norm,
     spelling.BATCH_NORM: batch_norm,

@@ -3,7 +3,8 @@
 A site's norm, activation and addition are its *finish*. Where the finished tensor is read by
 another fused convolution, the finish is deferred: that convolution applies it on the way in, and
 the normalised tensor is not written on its own. Other readers of it (the skip path of a residual
-block) then read the copy that the convolution keeps. Everywhere else the finish is an op of its own.
+block) then read the copy that the convolution keeps. Everywhere else the finish is an op of its own,
+which upsamples and pads as well where nothing but that reads the finished tensor.
 
 The plan is pure data, and ``str(plan)`` is a table of it.
 """
@@ -128,6 +129,11 @@ class _Planner:
         )
         if site.norm is None and site.add is None:
             return draft
+        if site.moves:
+            if site.conv is None and site.norm is not None and site.norm.mean is None:
+                draft = replace(draft, op=self.statistics_op(site))
+            last = site.output.name
+            return replace(draft, finish="here", why=f"normalised at its end, in one pass with {last}")
         consumer, why = self.consumer(site)
         if consumer is None:
             return replace(draft, finish="here", why=why)

@@ -11,6 +11,7 @@ from torch import fx
 
 from sf_compile.graph.match import Match
 from sf_compile.graph.normalize import NormalizedGraph
+from sf_compile.graph.patterns import ConvTranspose
 from sf_compile.graph.plan import Decision, Plan
 
 
@@ -80,7 +81,9 @@ class _Writer:
                 raw = site.input
                 norm = site.norm
                 assert norm is not None
-                if mean is None and (decision.finish == "deferred" or norm.statistics is not None):
+                if mean is None and (
+                    decision.op == "styleforge::instance_statistics" or norm.statistics is not None
+                ):
                     out = self.call("instance_statistics", (raw,))
                     mean = self.graph.call_function(getitem, (out, 0))
                     variance = self.graph.call_function(getitem, (out, 1))
@@ -105,6 +108,10 @@ class _Writer:
         assert conv is not None
         vertical, horizontal = conv.padding
         padding, mode = [horizontal, horizontal, vertical, vertical], "zeros"
+        if isinstance(conv, ConvTranspose):
+            more_below, more_right = conv.output_padding
+            cuts = [(0, -more_right, 0, -more_below), *(crop.sizes for crop in site.crops)]
+            padding = [sum(sizes) for sizes in zip(padding, *cuts, strict=True)]
         if site.pad is not None and any(site.pad.padding):
             padding = [a + b for a, b in zip(padding, site.pad.padding, strict=True)]
             mode = site.pad.mode
@@ -121,7 +128,7 @@ class _Writer:
                 site.upsample.factor if site.upsample else 1, padding, mode, list(conv.stride),
                 str(site.function) if site.norm is None else "none",
                 site.norm is not None and site.norm.mean is None,
-                pending is not None and pending.keep, decision.channels_last,
+                pending is not None and pending.keep, decision.channels_last, isinstance(conv, ConvTranspose),
             ),
         )  # fmt: skip
         if pending is not None and pending.keep:
@@ -145,4 +152,9 @@ class _Writer:
             return self.call(
                 "instance_norm", (raw, weight, bias, eps, activation, residual, decision.channels_last)
             )
-        return self.call("normalize", (raw, *arguments, activation, residual, decision.channels_last))
+        moves: tuple[Any, ...] = ()
+        if site.moves:
+            factor = site.upsample_after.factor if site.upsample_after else 1
+            pad = site.pad_after
+            moves = (factor, *((list(pad.padding), pad.mode) if pad else ([0, 0, 0, 0], "zeros")))
+        return self.call("normalize", (raw, *arguments, activation, residual, decision.channels_last, *moves))

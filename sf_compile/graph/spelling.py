@@ -8,6 +8,9 @@ to know one spelling of each operation. The arguments of a canonical node are:
     F.interpolate   (input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
     pad             (input, padding, mode, value)              torch.nn.functional.pad
     conv2d          (input, weight, bias, stride, padding, dilation, groups)
+    conv_transpose2d
+                    (input, weight, bias, stride, padding, output_padding, groups, dilation)
+    getitem         (input, index)                             of a tensor, as written
     instance_norm   (input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     batch_norm      (input, running_mean, running_var, weight, bias, training, momentum, eps)
     group_norm      (input, num_groups, weight, bias, eps)
@@ -37,6 +40,8 @@ from sf_compile.graph.picture_norm import picture_norm
 INTERPOLATE: Callable[..., Any] = F.interpolate
 PAD: Callable[..., Any] = torch._C._nn.pad
 CONV2D: Callable[..., Any] = torch.conv2d
+CONV_TRANSPOSE2D: Callable[..., Any] = torch.conv_transpose2d
+GETITEM: Callable[..., Any] = operator.getitem
 INSTANCE_NORM: Callable[..., Any] = F.instance_norm
 BATCH_NORM: Callable[..., Any] = F.batch_norm
 GROUP_NORM: Callable[..., Any] = F.group_norm
@@ -60,7 +65,8 @@ ACTIVATIONS = frozenset({RELU, LEAKY_RELU, ELU, HARDTANH, CLAMP, TANH, SIGMOID, 
 
 # What these return is a tensor of its own, never a view or an alias of an argument.
 FRESH = ACTIVATIONS | WITH_NUMBER | {
-    INTERPOLATE, PAD, CONV2D, INSTANCE_NORM, BATCH_NORM, GROUP_NORM, LAYER_NORM, PICTURE_NORM, ADD,
+    INTERPOLATE, PAD, CONV2D, CONV_TRANSPOSE2D, INSTANCE_NORM, BATCH_NORM, GROUP_NORM, LAYER_NORM,
+    PICTURE_NORM, ADD,
 }  # fmt: skip
 
 
@@ -89,6 +95,24 @@ def _conv2d(
     return Spelling(
         CONV2D, (input, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
     )
+
+
+def _conv_transpose2d(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
+    groups: Any = 1, dilation: Any = 1,
+) -> Spelling:  # fmt: skip
+    sizes = (_pair(stride), _pair(padding), _pair(output_padding), groups, _pair(dilation))
+    return Spelling(CONV_TRANSPOSE2D, (input, weight, bias, *sizes))
+
+
+def _getitem(input: Any, index: Any) -> Spelling:
+    return Spelling(GETITEM, (input, index))
+
+
+def _narrow(input: Any, dim: Any, start: Any, length: Any) -> Spelling | None:
+    if not all(isinstance(value, int) and value >= 0 for value in (dim, start, length)):
+        return None
+    return Spelling(GETITEM, (input, (*[slice(None)] * dim, slice(start, start + length))))
 
 
 def _pad(input: Any, pad: Any, mode: Any = "constant", value: Any = None) -> Spelling:
@@ -204,6 +228,10 @@ _product, _quotient = _arithmetic(operator.mul), _arithmetic(operator.truediv)
 _FUNCTIONS: dict[Any, Callable[..., Spelling | None]] = {
     CONV2D: _conv2d,
     F.conv2d: _conv2d,
+    CONV_TRANSPOSE2D: _conv_transpose2d,
+    F.conv_transpose2d: _conv_transpose2d,
+    GETITEM: _getitem,
+    torch.narrow: _narrow,
     PAD: _pad,
     F.pad: _pad,
     INTERPOLATE: _positional(F.interpolate),
@@ -275,6 +303,7 @@ _METHODS: dict[str, Callable[..., Spelling | None]] = {
 _METHODS |= {f"{name}_": _inplace(spell) for name, spell in _METHODS.items()}
 _METHODS |= {
     "prelu": _prelu,
+    "narrow": _narrow,
     "__add__": _sum,
     "__radd__": _sum,
     "__iadd__": _inplace(_sum),

@@ -28,7 +28,7 @@ FEWEST_LAYERS = 4
 
 _OF_ALL = {
     "bias": None, "upsample": 1, "padding": [1, 1, 1, 1], "padding_mode": "reflect", "stride": [1, 1],
-    "output_activation": "none", "statistics": True, "channels_last": True,
+    "output_activation": "none", "statistics": True, "channels_last": True, "transposed": False,
 }  # fmt: skip
 _RESULTS = ("input", "mean", "variance")  # what the reader of a convolution takes its first results for
 _KEPT = 3  # the number of the result that is the finished input

@@ -74,6 +74,25 @@ def check_residual(op: str, input: Tensor, residual: Tensor | None) -> None:
     )
 
 
+def check_moves(op: str, input: Tensor, upsample: int, padding: Sequence[int], mode: str) -> tuple[Any, Any]:
+    """``input`` can be upsampled and then padded so; returns the height and width that this gives."""
+    check_choice(op, "padding_mode", mode, PADDING_MODES)
+    require(upsample >= 1, lambda: f"styleforge::{op}: upsample must be 1 or more, got {upsample}")
+    require(
+        len(padding) == 4 and min(padding) >= 0,
+        lambda: f"styleforge::{op}: padding must be 4 sizes of 0 or more, got {list(padding)}",
+    )
+    left, right, top, bottom = padding
+    height, width = input.shape[2] * upsample, input.shape[3] * upsample
+    if mode == "reflect":
+        require(
+            max(left, right) < width and max(top, bottom) < height,
+            lambda: f"styleforge::{op}: reflection padding {list(padding)} must be smaller than the "
+            f"picture, {height} x {width}",
+        )
+    return height + top + bottom, width + left + right
+
+
 def check_channels(op: str, input: Tensor, **vectors: Tensor | None) -> None:
     """Every given vector must be (C,) or (N, C): a value for each channel of ``input``, or of each image."""
     for name, vector in vectors.items():

@@ -12,6 +12,9 @@ Every step in front of the convolution is optional, so this one schema also cove
 that reads a finished picture. ``keep_input`` returns ``z`` as well, for another reader of it (the
 skip path of a residual block). A convolution bias in front of an instance norm has no effect and
 is best left out by the caller.
+
+A ``transposed`` convolution has no pad in front of it: ``padding`` is what is cut off each side of its whole
+result, of (H - 1) stride + kh rows, and may be negative on the right and below: the result then goes on.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from sf_compile.ops.checks import (
     check_activation,
     check_choice,
     check_image,
+    check_moves,
     check_norm,
     check_residual,
     require,
@@ -35,13 +39,13 @@ from sf_compile.ops.checks import (
 )
 from sf_compile.ops.instance_statistics import statistics_gradient
 from sf_compile.ops.library import empty_image, register
-from sf_compile.ops.normalize import Norm, normalize_gradients
+from sf_compile.ops.normalize import Norm, moved_gradient, normalize_gradients
 
 SCHEMA = (
     "conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? mean, Tensor? variance, "
     "Tensor? norm_weight, Tensor? norm_bias, float eps, str activation, Tensor? residual, "
     "int upsample, int[4] padding, str padding_mode, int[2] stride, str output_activation, "
-    "bool statistics, bool keep_input, bool channels_last) "
+    "bool statistics, bool keep_input, bool channels_last, bool transposed=False) "
     "-> (Tensor output, Tensor mean, Tensor variance, Tensor kept_input)"
 )
 
@@ -49,8 +53,9 @@ SCHEMA = (
 class Arguments(NamedTuple):
     """The op's arguments, in the schema's order.
 
-    Shapes: ``input`` and ``residual`` (N, C, H, W), ``weight`` (O, C, kh, kw), ``bias`` (O,), ``mean`` and
-    ``variance``, ``norm_weight`` and ``norm_bias`` (N, C) or (C,). ``padding`` is left, right, top, bottom.
+    Shapes: ``input`` and ``residual`` (N, C, H, W), ``weight`` (O, C, kh, kw), or (C, O, kh, kw) if
+    ``transposed``, ``bias`` (O,), ``mean``, ``variance``, ``norm_weight`` and ``norm_bias`` (N, C) or
+    (C,). ``padding`` is left, right, top, bottom.
     """
 
     input: Tensor
@@ -71,6 +76,12 @@ class Arguments(NamedTuple):
     statistics: bool
     keep_input: bool
     channels_last: bool
+    transposed: bool = False
+
+    @property
+    def out_channels(self) -> Any:
+        """Channels of the output."""
+        return self.weight.shape[1 if self.transposed else 0]
 
     @property
     def normalizes(self) -> bool:
@@ -93,8 +104,9 @@ def check(a: Arguments) -> tuple[Any, Any]:
     check_choice("conv2d", "padding_mode", a.padding_mode, PADDING_MODES)
     check_residual("conv2d", input, a.residual)
     require(
-        weight.dim() == 4 and weight.shape[1] == input.shape[1],
-        lambda: f"styleforge::conv2d: weight must be (out, {input.shape[1]}, kh, kw), got "
+        weight.dim() == 4 and weight.shape[0 if a.transposed else 1] == input.shape[1],
+        lambda: f"styleforge::conv2d: weight must be "
+        f"{f'({input.shape[1]}, out' if a.transposed else f'(out, {input.shape[1]}'}, kh, kw), got "
         f"{tuple(weight.shape)}",
     )
     require(
@@ -104,19 +116,14 @@ def check(a: Arguments) -> tuple[Any, Any]:
     )
     if bias is not None:
         require(
-            bias.dim() == 1 and bias.shape[0] == weight.shape[0],
-            lambda: f"styleforge::conv2d: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}",
+            bias.dim() == 1 and bias.shape[0] == a.out_channels,
+            lambda: f"styleforge::conv2d: bias must be ({a.out_channels},), got {tuple(bias.shape)}",
         )
         require(
             bias.dtype == input.dtype and bias.device == input.device,
             lambda: f"styleforge::conv2d: bias is {bias.dtype} on {bias.device}, the input "
             f"{input.dtype} on {input.device}",
         )
-    require(a.upsample >= 1, lambda: f"styleforge::conv2d: upsample must be 1 or more, got {a.upsample}")
-    require(
-        len(a.padding) == 4 and min(a.padding) >= 0,
-        lambda: f"styleforge::conv2d: padding must be 4 sizes of 0 or more, got {list(a.padding)}",
-    )
     require(
         len(a.stride) == 2 and min(a.stride) >= 1,
         lambda: f"styleforge::conv2d: stride must be 2 numbers of 1 or more, got {list(a.stride)}",
@@ -125,21 +132,33 @@ def check(a: Arguments) -> tuple[Any, Any]:
         not a.keep_input or a.normalizes,
         lambda: "styleforge::conv2d: keep_input needs a norm, an activation or a residual to apply",
     )
-    left, right, top, bottom = a.padding
-    height, width = input.shape[2] * a.upsample, input.shape[3] * a.upsample
-    if a.padding_mode == "reflect":
-        require(
-            max(left, right) < width and max(top, bottom) < height,
-            lambda: f"styleforge::conv2d: reflection padding {list(a.padding)} must be smaller than the "
-            f"picture, {height} x {width}",
-        )
-    height, width = height + top + bottom, width + left + right
+    if a.transposed:
+        return _transposed_size(a)
+    height, width = check_moves("conv2d", input, a.upsample, a.padding, a.padding_mode)
     require(
         height >= weight.shape[2] and width >= weight.shape[3],
         lambda: f"styleforge::conv2d: kernel {tuple(weight.shape[2:])} is larger than the padded picture, "
         f"{height} x {width}",
     )
     return (height - weight.shape[2]) // a.stride[0] + 1, (width - weight.shape[3]) // a.stride[1] + 1
+
+
+def _transposed_size(a: Arguments) -> tuple[Any, Any]:
+    """The output's height and width, once what is only asked of a transposed convolution is checked."""
+    height, width = check_moves("conv2d", a.input, a.upsample, [0, 0, 0, 0], a.padding_mode)
+    left, right, top, bottom = a.padding
+    require(
+        a.padding_mode == "zeros" and min(left, top) >= 0 and right > -a.stride[1] and bottom > -a.stride[0],
+        lambda: f"styleforge::conv2d: a transposed convolution of stride {list(a.stride)} has no padding "
+        f"{a.padding_mode!r} {list(a.padding)}",
+    )
+    rows = (height - 1) * a.stride[0] + a.weight.shape[2]
+    columns = (width - 1) * a.stride[1] + a.weight.shape[3]
+    require(
+        rows - top - bottom >= 1 and columns - left - right >= 1,
+        lambda: f"styleforge::conv2d: padding {list(a.padding)} cuts off all of {rows} x {columns}",
+    )
+    return rows - top - bottom, columns - left - right
 
 
 def absent(input: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,8 +170,14 @@ def composed(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op out of the reference's pieces, one PyTorch call after another, on any device."""
     z = reference.normalize(a.input, *a.norm, a.residual) if a.normalizes else a.input
     z = reference.layout(z, a.channels_last)
-    padded = reference.pad(reference.upsample_nearest(z, a.upsample), a.padding, a.padding_mode)
-    out = reference.conv2d(padded, a.weight, a.bias, a.stride, a.output_activation)
+    if a.transposed:
+        upsampled = reference.upsample_nearest(z, a.upsample)
+        out = reference.conv_transpose2d(
+            upsampled, a.weight, a.bias, a.stride, a.padding, a.output_activation
+        )
+    else:
+        padded = reference.moved(z, a.upsample, a.padding, a.padding_mode)
+        out = reference.conv2d(padded, a.weight, a.bias, a.stride, a.output_activation)
     out = reference.layout(out, a.channels_last)
     if a.statistics:
         mean, variance = reference.statistics(out)
@@ -179,7 +204,7 @@ def _cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a = Arguments(*arguments)
     height, width = check(a)
-    n, c = a.input.shape[0], a.weight.shape[0]
+    n, c = a.input.shape[0], a.out_channels
     dtype = a.input.dtype
     shape = (n, c) if a.statistics else (0,)
     kept = absent(a.input, dtype)
@@ -229,17 +254,18 @@ def _backward(
         z = a.input
         if a.normalizes:
             z = torch.ops.styleforge.normalize.default(a.input, *a.norm, a.residual, a.channels_last)
-        upsampled = reference.upsample_nearest(z, a.upsample)
-        padded = reference.pad(upsampled, a.padding, a.padding_mode)
+        padding, sizes, output_sizes = list(a.padding), [0, 0], [0, 0]
+        if a.transposed:
+            padding = [0, 0, 0, 0]
+            sizes, output_sizes, cuts = reference.transposed_sizes(a.stride, a.padding)
+            grad = torch.nn.functional.pad(grad, cuts)
+        padded = reference.moved(z, a.upsample, padding, a.padding_mode)
         needs = ctx.needs_input_grad
         grad_padded, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, padded, a.weight, None if a.bias is None else list(a.bias.shape), list(a.stride), [0, 0],
-            [1, 1], False, [0, 0], 1, [True, needs[1], a.bias is not None and needs[2]],
+            grad, padded, a.weight, None if a.bias is None else list(a.bias.shape), list(a.stride), sizes,
+            [1, 1], a.transposed, output_sizes, 1, [True, needs[1], a.bias is not None and needs[2]],
         )  # fmt: skip
-        through = _pad_gradient(grad_padded, upsampled, list(a.padding), a.padding_mode)
-        if a.upsample > 1:
-            # Each pixel was copied upsample^2 times: its gradient is their sum.
-            through = torch.nn.functional.avg_pool2d(through, a.upsample, divisor_override=1)
+        through = moved_gradient(grad_padded, a.input.shape, a.upsample, padding, a.padding_mode)
         grad_z = through if grad_z is None else grad_z + through
     if grad_z is None:
         return (None,) * len(a)
@@ -261,17 +287,6 @@ def _through_output_activation(grad: Tensor, output: Tensor, a: Arguments) -> Te
         dtype = statistics_dtype(raw.dtype)
         through = activation_gradient(grad.to(dtype), raw.to(dtype), a.output_activation)
     return through.to(output.dtype)
-
-
-def _pad_gradient(grad: Tensor, input: Tensor, padding: list[int], mode: str) -> Tensor:
-    if not any(padding):
-        return grad
-    if mode == "reflect":
-        return torch.ops.aten.reflection_pad2d_backward(grad, input, padding)
-    if mode == "replicate":
-        return torch.ops.aten.replication_pad2d_backward(grad, input, padding)
-    left, right, top, bottom = padding
-    return torch.nn.functional.pad(grad, [-left, -right, -top, -bottom])
 
 
 register(

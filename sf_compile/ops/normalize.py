@@ -1,11 +1,15 @@
 """``styleforge::normalize``: a norm whose statistics are known, its activation, a residual.
 
 The second half of an instance norm (the first is ``instance_statistics`` or the statistics that
-``conv2d`` returns), or a whole norm with running statistics.
+``conv2d`` returns), or a whole norm with running statistics. What it makes may be upsampled and padded
+on the way out, for a reader that is no fused convolution:
+
+    output = pad(upsample_nearest(act((input - mean) / sqrt(variance + eps) * weight + bias) + residual))
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +17,19 @@ from torch import Tensor
 
 from sf_compile.ops import reference
 from sf_compile.ops.activation_gradients import activation_gradient
-from sf_compile.ops.checks import check_activation, check_image, check_norm, check_residual
+from sf_compile.ops.checks import (
+    check_activation,
+    check_image,
+    check_moves,
+    check_norm,
+    check_residual,
+)
 from sf_compile.ops.library import empty_image, register
 
 SCHEMA = (
     "normalize(Tensor input, Tensor? mean, Tensor? variance, Tensor? weight, Tensor? bias, float eps, "
-    "str activation='none', Tensor? residual=None, bool channels_last=False) -> Tensor"
+    "str activation='none', Tensor? residual=None, bool channels_last=False, int upsample=1, "
+    "int[4] padding=[0, 0, 0, 0], str padding_mode='zeros') -> Tensor"
 )
 
 
@@ -81,8 +92,29 @@ def normalize_gradients(grad: Tensor, input: Tensor, norm: Norm) -> NormGradient
     )
 
 
+def moved_gradient(
+    grad: Tensor, shape: Sequence[Any], upsample: int, padding: Sequence[int], mode: str
+) -> Tensor:
+    """Of pad(upsample_nearest(z)) to z (N, C, H, W) of ``shape``; ``padding`` is left, right, top, bottom."""
+    n, c, height, width = shape
+    sizes = list(padding)
+    if any(sizes):
+        left, right, top, bottom = sizes
+        enlarged = grad.new_empty((n, c, height * upsample, width * upsample))  # its shape alone is read
+        if mode == "reflect":
+            grad = torch.ops.aten.reflection_pad2d_backward(grad, enlarged, sizes)
+        elif mode == "replicate":
+            grad = torch.ops.aten.replication_pad2d_backward(grad, enlarged, sizes)
+        else:
+            grad = torch.nn.functional.pad(grad, [-left, -right, -top, -bottom])
+    if upsample > 1:
+        # Each pixel was copied upsample^2 times: its gradient is their sum.
+        grad = torch.nn.functional.avg_pool2d(grad, upsample, divisor_override=1)
+    return grad
+
+
 class Arguments(NamedTuple):
-    """The op's arguments, in the schema's order."""
+    """The op's arguments, in the schema's order; ``padding`` is left, right, top, bottom."""
 
     input: Tensor
     mean: Tensor | None
@@ -93,6 +125,9 @@ class Arguments(NamedTuple):
     activation: str = "none"
     residual: Tensor | None = None
     channels_last: bool = False
+    upsample: int = 1
+    padding: Sequence[int] = (0, 0, 0, 0)
+    padding_mode: str = "zeros"
 
     @property
     def norm(self) -> Norm:
@@ -100,17 +135,20 @@ class Arguments(NamedTuple):
         return Norm(self.mean, self.variance, self.weight, self.bias, self.eps, self.activation)
 
 
-def _check(a: Arguments) -> None:
+def _check(a: Arguments) -> tuple[Any, Any]:
+    """Check everything that fake and real calls share; return the output's height and width."""
     check_image("normalize", a.input)
     check_norm("normalize", a.input, a.mean, a.variance, a.weight, a.bias)
     check_activation("normalize", "activation", a.activation)
     check_residual("normalize", a.input, a.residual)
+    return check_moves("normalize", a.input, a.upsample, a.padding, a.padding_mode)
 
 
 def _cpu(*arguments: Any) -> Tensor:
     a = Arguments(*arguments)
     _check(a)
-    return reference.layout(reference.normalize(a.input, *a.norm, a.residual), a.channels_last)
+    z = reference.normalize(a.input, *a.norm, a.residual)
+    return reference.layout(reference.moved(z, a.upsample, a.padding, a.padding_mode), a.channels_last)
 
 
 def _cuda(*arguments: Any) -> Tensor:
@@ -118,27 +156,31 @@ def _cuda(*arguments: Any) -> Tensor:
 
     a = Arguments(*arguments)
     _check(a)
-    return normalization.normalize(a.input, a.norm, a.residual, a.channels_last)
+    return normalization.normalize(
+        a.input, a.norm, a.residual, a.channels_last, a.upsample, a.padding, a.padding_mode
+    )
 
 
 def _fake(*arguments: Any) -> Tensor:
     a = Arguments(*arguments)
-    _check(a)
-    return empty_image(a.input.shape, a.input, a.channels_last)
+    height, width = _check(a)
+    return empty_image((*a.input.shape[:2], height, width), a.input, a.channels_last)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a = Arguments(*inputs)
     ctx.save_for_backward(a.input, a.mean, a.variance, a.weight, a.bias)
     ctx.eps, ctx.activation, ctx.has_residual = a.eps, a.activation, a.residual is not None
+    ctx.moves = a.upsample, tuple(a.padding), a.padding_mode
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, mean, variance, weight, bias = ctx.saved_tensors
     norm = Norm(mean, variance, weight, bias, ctx.eps, ctx.activation)
+    grad = moved_gradient(grad, input.shape, *ctx.moves)
     grads = normalize_gradients(grad, input, norm)
     grad_residual = grad if ctx.has_residual else None
-    return grads.input.to(input.dtype), *grads[1:], None, None, grad_residual, None
+    return grads.input.to(input.dtype), *grads[1:], None, None, grad_residual, *[None] * 4
 
 
 register(

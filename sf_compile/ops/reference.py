@@ -7,7 +7,7 @@ be compiled. Sixteen-bit pictures are normalised in float32 and rounded once, at
     norm_statistics   those of groups of channels, unbiased, and with an eps beside the root
     normalize    act((x - mean) / sqrt(variance + eps) * weight + bias) + residual
     prepare      pad(upsample(...)): an index map, no arithmetic
-    convolution  the cross-correlation of torch.nn.functional.conv2d
+    convolution  the cross-correlation of torch.nn.functional.conv2d, or its transpose
 """
 
 from __future__ import annotations
@@ -150,6 +150,41 @@ def pad(input: Tensor, padding: Sequence[int], mode: str) -> Tensor:
     if mode == "reflect" and input.shape[-1] > 0 and input.shape[-2] > 0:
         return torch.ops.aten.reflection_pad2d(input, list(padding))
     return F.pad(input, list(padding), mode=_TORCH_PAD_MODE[mode])
+
+
+def moved(input: Tensor, upsample: int, padding: Sequence[int], mode: str) -> Tensor:
+    """``input`` upsampled, then padded."""
+    return pad(upsample_nearest(input, upsample), padding, mode)
+
+
+def conv_transpose2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    activation: str,
+) -> Tensor:  # fmt: skip
+    """The transposed convolution with ``padding`` (left, right, top, bottom) cut off it, and its activation.
+
+    ``weight`` (C, O, kh, kw). Where ``padding`` is negative, on the right or below, the result goes on.
+    """
+    sizes, output_sizes, cuts = transposed_sizes(stride, padding)
+    out = F.conv_transpose2d(input, weight, bias, list(stride), sizes, output_sizes)
+    if any(cuts):
+        out = F.pad(out, [-cut for cut in cuts])
+    return out.relu_() if activation == "relu" else out
+
+
+def transposed_sizes(
+    stride: Sequence[int], padding: Sequence[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """PyTorch's padding and output_padding that cut off most of ``padding``, and the rest of it.
+
+    The first two are (height, width); ``padding`` and the rest are left, right, top, bottom.
+    """
+    left, right, top, bottom = padding
+    # PyTorch cuts off `padding` before and `padding - output_padding` after, the latter below the stride.
+    sizes = [min(top, bottom + stride[0] - 1), min(left, right + stride[1] - 1)]
+    output_sizes = [max(sizes[0] - bottom, 0), max(sizes[1] - right, 0)]
+    rest = [left - sizes[1], max(right - sizes[1], 0), top - sizes[0], max(bottom - sizes[0], 0)]
+    return sizes, output_sizes, rest
 
 
 def conv2d(
