@@ -231,7 +231,7 @@ FUSES: dict[str, Case] = {
     "residual network": Case(
         residual_network,
         (
-            "conv+norm+relu", "pad+conv+norm+relu", "pad+conv+norm+add", "pad+conv+norm+relu",
+            "conv+norm+relu", "pad+conv+norm+relu", "pad+conv+norm+add", "conv", "pad+conv+norm+relu",
             "pad+conv+norm+add", "pad+conv+norm+relu", "pad+conv+norm+add", "upsample+pad+conv",
         ),
     ),
@@ -239,4 +239,10 @@ FUSES: dict[str, Case] = {
     "called twice": Case(shared_twice, ("pad+conv+norm+relu", "pad+conv+norm+relu")),
     "two consumers": Case(two_consumers, ("pad+conv+norm+relu", "conv+norm", "conv+norm")),
     "pre-activation": Case(preactivation, ("norm+relu", "pad+conv+add")),
+    "a plain convolution of a norm": Case(
+        lambda m, x: F.relu(m.same(F.relu(m.norm(x)))) + x, ("norm+relu", "conv+relu+add")
+    ),
+    "a plain convolution of a sum": Case(
+        lambda m, x: m.skip(x + m.conv(reflect(x))), ("pad+conv+add", "conv")
+    ),
 }  # fmt: skip

@@ -69,7 +69,13 @@ DEFERRALS = {
         [("here", None, False, HERE + "_enter_autocast lies between it and conv2d_1"),
          ("none", None, False, OWN)],
     ),
-    "its reader is not fused": (networks.read_by_a_plain_convolution, [("here", None, False, NOBODY)]),
+    "on the way into a plain convolution": (
+        networks.read_by_a_plain_convolution,
+        [("deferred", 1, False, LATER + "conv2d_1"), ("none", None, False, OWN)],
+    ),
+    "its reader is not fused": (
+        lambda m, x: torch.sigmoid(F.relu(m.norm(m.conv(reflect(x))))), [("here", None, False, NOBODY)]
+    ),
 }  # fmt: skip
 
 

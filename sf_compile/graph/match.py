@@ -125,6 +125,10 @@ def match(graph: NormalizedGraph) -> Matches:
     for node in graph.graph.nodes:
         if finder.operation(node) in patterns.NORMS and node not in finder.taken:
             finder.visit(node, patterns.NORMS[node.target])
+    # A norm without a convolution in front of it may be finished by one that has nothing else around it.
+    for node in graph.graph.nodes:
+        if finder.operation(node) in patterns.CONVOLUTIONS and node not in finder.taken:
+            finder.visit(node, patterns.CONVOLUTIONS[node.target])
     finder.extend()
     sites = sorted(finder.sites, key=lambda site: finder.order[site.anchor])
     finder.report_leftovers()
@@ -309,9 +313,13 @@ class _Finder:
         if torch.is_autocast_enabled(patterns.value_of(site.output).device.type):
             return "autocast is active"
         padding = site.pad is not None and any(site.pad.padding)
-        if site.norm is None and site.upsample is None and not padding:
+        if site.norm is None and site.upsample is None and not padding and not self.finishes(site.input):
             return "a convolution with nothing around it that fusion saves"
         return None
+
+    def finishes(self, input: fx.Node) -> bool:
+        """Whether a reader of ``input`` can apply the norm or the addition of the site that makes it."""
+        return any(site.output is input and (site.norm or site.add) for site in self.sites)
 
     def barrier(self, node: fx.Node, reader: fx.Node) -> str | None:
         """What keeps ``node`` and ``reader`` apart: a barrier between the two, or None."""
