@@ -5,13 +5,12 @@
 #pragma once
 #include "dependent_launch.cuh"
 #include "elements.cuh"
+#include "mma.cuh"
 
 // What cuTensorMapEncodeTiled filled in; passed to a kernel as `const __grid_constant__ TensorMap`.
 struct alignas(64) TensorMap {
   u64 opaque[16];
 };
-
-DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // ---- wgmma -------------------------------------------------------------------------------------------
 // Swizzle modes of a shared-memory operand, in the descriptor's encoding.
@@ -122,13 +121,6 @@ DEVICE void multiply(float (&d)[MMA_N / 2], const uint4& a, u64 b, int accumulat
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(accumulate));
 }
 
-// The transpose of an 8x8 matrix of 16-bit elements spread over a warp.
-DEVICE u32 transpose_8x8(u32 a) {
-  u32 r;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(a));
-  return r;
-}
-
 // Store 8x8 matrices of 16-bit elements spread over a warp, transposed: lane 8 m + r has the address of row r (16
 // bytes) of matrix m.
 DEVICE void store_transposed(u32 address, u32 a, u32 b) {
@@ -237,8 +229,6 @@ DEVICE void store_shared(u32 address, uint4 v) {
 }
 
 // ---- pairs of 16-bit elements ------------------------------------------------------------------------
-DEVICE float low(u32 pair) { return to_float<DTYPE>((u16)pair); }
-DEVICE float high(u32 pair) { return to_float<DTYPE>((u16)(pair >> 16)); }
 // Rounded to a pair, negative numbers to 0; NaN stays NaN.
 DEVICE u32 pack_relu(float first, float second) {
   u32 bits;

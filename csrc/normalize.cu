@@ -9,6 +9,7 @@
 #include "activation.cuh"
 #include "dependent_launch.cuh"
 #include "norm.cuh"
+#include "source.cuh"
 
 #define CHANNELS_LAST 0  // every tensor channels_last: a thread moves VECTOR channels of a pixel
 #define CONTIGUOUS 1     // every tensor contiguous: a thread moves VECTOR pixels of a plane
@@ -21,22 +22,6 @@
 // Blocks run from the last pixel to the first: the statistics have just been read in the other
 // direction, so the pixels read last are still in the L2 cache.
 #define REVERSED(axis) (gridDim.axis - 1 - blockIdx.axis)
-
-// The source of output position `at` along a dimension of `size` source pixels; -1 is a zero.
-DEVICE int source(int at, int before, int size, int factor) {
-  int i = at - before;
-  const int last = size * factor - 1;
-  if (PAD == 1 && (i < 0 || i > last)) return -1;
-  if (PAD == 2) i = abs(i), i = min(i, 2 * last - i);
-  if (PAD == 3) i = min(max(i, 0), last);
-  return (u32)i / (u32)factor;
-}
-
-// Whether output position `at` is where its source pixel is written to `kept`: once, not mirrored.
-DEVICE bool owns(int at, int before, int size, int factor) {
-  const int i = at - before;
-  return i >= 0 && i < size * factor && (u32)i % (u32)factor == 0;
-}
 
 #define ARGUMENTS                                                                                          \
   const element *__restrict__ x, const element *__restrict__ residual, element *__restrict__ out,          \

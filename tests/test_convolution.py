@@ -108,3 +108,18 @@ def test_the_log_says_what_runs_and_why_nothing_else_does(choose, caplog):
         "conv2d of torch.float32 (1, 16, 8, 8) by (16, 16, 3, 3): halo.cu "
         "(not first.cu: reads 1 to 4 channels, not 16)",
     ]
+
+
+def test_the_general_kernel_takes_what_no_other_does_where_it_is_preferred(choose, monkeypatch):
+    mma = kernel("mma.cu", lambda a: "kept before a stride" if a.keep_input else None)
+    halo = kernel("halo.cu", lambda a: "no room" if a.residual is not None else None)
+    choice = choose(halo, mma)
+    monkeypatch.setattr(convolution, "halo_conv", halo)
+    monkeypatch.setattr(convolution, "mma_conv", mma)
+    mma.prefers = lambda a: a.weight.shape[2] < 5
+    assert choice(arguments(residual=None)) == (halo, False)
+    assert choice(arguments()) == (halo, True), "a pass and a kernel made for the layer"
+    halo.refusal = lambda a: "no"
+    assert choice(arguments(stride=[3, 3])) == (mma, False)
+    assert choice(arguments(stride=[3, 3], keep_input=True)) == (mma, True)
+    assert choice(arguments(weight=torch.randn(16, 16, 5, 5))) == (None, False)

@@ -1,9 +1,9 @@
 """``styleforge::conv2d`` on a GPU: by a fused kernel where there is one, else around cuDNN's convolution.
 
-On compute capability 9.0 one kernel does everything. Where its shared memory has no room for a residual, or
-an activation costs too much inside of it, a pass of its own finishes the input first. Everywhere else our
-prologue writes the convolution's finished, upsampled and padded input in one pass, cuDNN convolves it, and
-our statistics read the raw output once.
+One kernel does everything: on compute capability 9.0 one that is made for such a layer, else, from 8.0 on,
+the general one. Where either has no room for what is done on the way in, such as adding a residual, a pass of
+its own finishes the input first. Everywhere else our prologue writes the convolution's finished, upsampled
+and padded input in one pass, cuDNN convolves it, and our statistics read the raw output once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sf_compile.cuda import first_conv, halo_conv, last_conv, packing
+from sf_compile.cuda import first_conv, halo_conv, last_conv, mma_conv, packing
 from sf_compile.cuda.compiler import usable_or_warn
 from sf_compile.cuda.layout import dense_channels, is_channels_last
 from sf_compile.cuda.normalization import apply, usable
@@ -41,9 +41,13 @@ def _finished(a: Arguments, z: Tensor) -> Arguments:
     )  # fmt: skip
 
 
-_KERNELS: tuple[Any, ...] = (last_conv, first_conv, halo_conv)
-_TRANSPOSING: tuple[Any, ...] = (halo_conv,)
+_KERNELS: tuple[Any, ...] = (last_conv, first_conv, halo_conv, mma_conv)
+_TRANSPOSING = (halo_conv,)
 _choices: dict[tuple[Any, ...], tuple[Any, bool]] = {}
+
+
+def _kernels(a: Arguments) -> tuple[Any, ...]:
+    return tuple(kernel for kernel in _KERNELS if kernel in _TRANSPOSING) if a.transposed else _KERNELS
 
 
 def choice(a: Arguments) -> tuple[Any, bool]:
@@ -55,19 +59,30 @@ def choice(a: Arguments) -> tuple[Any, bool]:
     key = _key(a)
     found = _choices.get(key)
     if found is None:
-        kernels = _TRANSPOSING if a.transposed else _KERNELS
-        refusals = [(kernel, kernel.refusal(a)) for kernel in kernels]
-        kernel = next((kernel for kernel, refusal in refusals if refusal is None), None)
-        split = False
-        if kernel is None and a.normalizes and usable(a.input):
-            rest = _finished(a, a.input)
-            kernel = next((kernel for kernel in _KERNELS if kernel.refusal(rest) is None), None)
-            split = kernel is not None
+        refusals = [(kernel, kernel.refusal(a)) for kernel in _kernels(a)]
         if len(_choices) >= _MOST_CHOICES:
             _choices.clear()
-        found = _choices[key] = (kernel, split)
+        found = _choices[key] = _chosen(a, [kernel for kernel, refusal in refusals if refusal is None])
         _explain(a, *found, refusals)
     return found
+
+
+def _chosen(a: Arguments, fitting: list[Any]) -> tuple[Any, bool]:
+    """What ``choice`` returns, of those among ``_kernels(a)`` that do not refuse ``a``."""
+    if fitting and fitting[0] is not mma_conv:
+        return fitting[0], False
+    # A pass in front finishes in channels_last, and what is kept has the layout of the output.
+    passes = a.normalizes and usable(a.input) and (a.channels_last or not a.keep_input)
+    finished = _finished(a, a.input)
+    for kernel in _kernels(a) if passes else ():
+        if kernel is not mma_conv and kernel.refusal(finished) is None:
+            return kernel, True
+    if mma_conv in _kernels(a) and mma_conv.prefers(a):
+        if fitting:
+            return mma_conv, False
+        if passes and mma_conv.refusal(finished) is None:
+            return mma_conv, True
+    return None, False
 
 
 def _explain(a: Arguments, kernel: Any, split: bool, refusals: list[tuple[Any, str | None]]) -> None:

@@ -1,4 +1,4 @@
-"""What the fused convolutions of compute capability 9.0 have in common on the host side.
+"""What the fused convolutions, of compute capability 9.0 and in general, have in common on the host side.
 
 Their kernels convolve on the tensor cores with 16-bit operands and fp32 accumulation, apply the producer's
 norm on the way in and take the statistics of their own output on the way out.
@@ -44,6 +44,11 @@ def refusal(a: Arguments) -> str | None:
     """Why no kernel of this family runs ``a``; None where one may."""
     if not a.input.is_cuda or not _is_hopper(a.input.device.index):
         return "the fused convolutions need compute capability 9.0"
+    return operand_refusal(a)
+
+
+def operand_refusal(a: Arguments) -> str | None:
+    """Why no kernel takes the tensors of ``a``, on whatever GPU; None where one may."""
     if a.input.dtype not in SIXTEEN_BIT:
         return f"the fused convolutions compute in float16 and bfloat16, not in {a.input.dtype}"
     if a.input.numel() == 0:

@@ -21,6 +21,7 @@ from sf_compile.cuda import (
     halo_conv,
     instance_norm,
     last_conv,
+    mma_conv,
     norm_statistics,
     normalization,
     residual_trunk,
@@ -42,6 +43,7 @@ def every(arch: str) -> Iterator[tuple[str, dict[str, int]]]:
     yield from norm_statistics.variants()
     yield from normalization.variants()
     yield from instance_norm.variants()
+    yield from mma_conv.variants(arch)
     if arch == "sm_90a":
         yield from halo_conv.variants()
         yield from first_conv.variants()
