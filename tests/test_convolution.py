@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import struct
 from types import SimpleNamespace
 
 import pytest
@@ -83,8 +84,9 @@ def test_an_activation_that_costs_too_much_is_applied_by_a_pass_before_any_kerne
 )
 def test_what_a_kernel_is_told_of_an_activation(text, code, shared, numbers, on_the_way_in):
     assert (activation.code(text), activation.shared_code(text)) == (code, shared)
-    assert activation.arguments(text) == numbers
-    assert math.copysign(1, activation.arguments(text)[3]) == math.copysign(1, numbers[3])
+    found = struct.unpack("4f", activation.arguments(text))
+    assert found == struct.unpack("4f", struct.pack("4f", *numbers))
+    assert math.copysign(1, found[3]) == math.copysign(1, numbers[3])
     assert (activation.refusal(text) is None) == on_the_way_in
 
 

@@ -20,8 +20,8 @@ COUNTS = list(itertools.product((8, 16, 24, 32, 64, 128), (8, 16, 32, 40, 64, 12
 
 def variant(channels: int, out_channels: int, kernel: tuple[int, int] = (3, 3), **changes) -> Variant:
     plain = Variant(
-        1, 1, channels, out_channels, *kernel, stride=1, subpixel=False, pad=2, activation=1, residual=False,
-        keep=False, transform=True, statistics=True, bias=False, output_activation=0,
+        1, 1, channels, out_channels, *kernel, stride=1, subpixel=False, pad=2, activation=1, transform=True,
+        statistics=True, bias=False, output_activation=0,
     )  # fmt: skip
     return plain._replace(**changes)
 
@@ -207,21 +207,22 @@ def layout_bytes(v: Variant, slots: int, streamed: bool) -> int:
     plane = (TILE[0] + (taps_y - 1) // v.stride) * (TILE[1] + (taps_x - 1) // v.stride) * c * 2
     picture = v.stride * v.stride * ((plane + 511) // 512 * 512)
     weights = taps_y * taps_x * 64 * c * 2
-    slot = picture * (2 if v.residual else 1) + (weights if streamed else 0)
+    slot = picture + (weights if streamed else 0)
     assert slot % 512 == 0, "slots begin with a swizzle pattern"
     stages = 4 * (4 * 8 * 128)
     affines = depth * c * 8
     barriers = 8 * (3 * slots + depth + 1)
-    return stages + slots * slot + (0 if streamed else depth * weights) + affines + barriers
+    counts = 4 * 3
+    return stages + slots * slot + (0 if streamed else depth * weights) + affines + barriers + counts
 
 
 def test_shared_memory_suffices_and_is_there():
     held = streamed = refused = 0
-    sweep = itertools.product(range(8, 1025, 8), range(1, 8), (1, 2), (False, True), (False, True))
-    for channels, kernel, stride, residual, subpixel in sweep:
+    sweep = itertools.product(range(8, 1025, 8), range(1, 8), (1, 2), (False, True))
+    for channels, kernel, stride, subpixel in sweep:
         if kernel < stride or (subpixel and (kernel, stride) != (3, 1)):
             continue
-        v = variant(channels, 64, (kernel,) * 2, stride=stride, residual=residual, subpixel=subpixel)
+        v = variant(channels, 64, (kernel,) * 2, stride=stride, subpixel=subpixel)
         memory = v.memory()
         if memory is None:
             refused += 1
@@ -236,12 +237,11 @@ def test_shared_memory_suffices_and_is_there():
 
 def test_variants_are_distinct_and_fit():
     made = list(halo_conv.variants())
-    assert len(made) == 44 and {source for source, _ in made} == {halo_conv.SOURCE}
+    assert len(made) == 48 and {source for source, _ in made} == {halo_conv.SOURCE}
     assert len({tuple(sorted(constants.items())) for _, constants in made}) == len(made)
     names = {"SLOT_CHANNELS", "SLOTS", "STREAMED", *(field.upper() for field in Variant._fields)}
     for _, constants in made:
         assert set(constants) == names and all(type(value) is int for value in constants.values())
-        assert not (constants["STRIDE"] == 2 and (constants["RESIDUAL"] or constants["KEEP"]))
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------
@@ -263,14 +263,12 @@ def test_refusals_name_the_reason():
     odd = torch.zeros(128 * 16 * 32 + 1).half()[1:].view(1, 16, 32, 128).permute(0, 3, 1, 2)
     many = torch.empty(3 << 20, 128, 2, 2, dtype=torch.float16, device="meta")
     many = many.contiguous(memory_format=torch.channels_last)
-    halving = {**layer(32, 64), "stride": [2, 2]}
     for change, reason in (
         (layer(12, 16), "multiples of 8"),
         (layer(16, 12), "multiples of 8"),
         ({"channels_last": False}, "not channels_last"),
         ({"input": picture(128, layout=torch.contiguous_format)}, "not channels_last"),
         ({"input": odd}, "not channels_last"),  # 2 bytes off: no tensor map has it
-        ({"residual": picture(128, layout=torch.contiguous_format)}, "residual is not channels_last"),
         ({"upsample": 3}, "upsampling by 3"),
         ({"upsample": 2, "padding": [0, 0, 0, 0]}, "3x3 convolution padded by 1"),
         ({"upsample": 2, "stride": [2, 2]}, "3x3 convolution padded by 1"),
@@ -279,13 +277,12 @@ def test_refusals_name_the_reason():
         ({"stride": [3, 3]}, "stride"),
         ({**layer(32, 32, (1, 1)), "stride": [2, 2], "padding": [0] * 4}, "stride"),  # pixels nobody reads
         (layer(16, 16, (9, 9)), "9x9 kernel"),
-        ({**halving, "residual": picture(32)}, "before a stride of 2"),
-        ({**halving, "activation": "relu", "keep_input": True}, "before a stride of 2"),
+        ({"residual": picture(128)}, "finished by a pass of its own"),
+        ({"activation": "relu", "keep_input": True}, "finished by a pass of its own"),
         ({"padding": [0, 2, 0, 0]}, "wide"),  # reflected from beyond the last window
         ({"padding": [0, 0, 3, 0], "padding_mode": "zeros"}, "wide"),
         ({**layer(32, 32, (1, 1)), "padding_mode": "zeros"}, "wide"),
         ({**layer(64, 64, (7, 7)), "padding": [3] * 4}, "shared memory"),
-        ({"residual": picture(128)}, "left for the residual"),
         (layer(8, 64 * 133), "multiprocessors"),
         ({"activation": "tanh"}, "in a pass of its own"),
         ({"activation": "relu * 2.0 + 0.0"}, "in a pass of its own"),

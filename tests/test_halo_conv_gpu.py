@@ -61,7 +61,7 @@ def test_the_fused_kernel_is_what_runs():
             kernel.key.source == halo_conv.SOURCE and kernel.key.constants == constants for kernel in loaded()
         )
     a = made(LARGE_SKIP, (1, 16, 32))
-    assert "residual" in halo_conv.refusal(a) and halo_conv.refusal(made(SKIP, (1, 16, 32))) is None
+    assert "pass of its own" in halo_conv.refusal(a)
 
 
 @pytest.mark.parametrize("layer", [KEEP, SKIP, HALVING, DOUBLING, SMALL_DOUBLING, GENERAL])
@@ -75,10 +75,10 @@ def test_writes_nothing_beside_its_outputs(layer, size, monkeypatch):
         buffers.append(torch.full((elements,), NAN, dtype=like.dtype, device="cuda"))
         return buffers[-1][margin:-margin].view(n, h, w, c).permute(0, 3, 1, 2)
 
-    a = made(layer, size)
+    a = fused(made(layer, size))
     expected = run(a)
     monkeypatch.setattr(halo_conv, "empty_image", amid_nan)
-    assert equal(halo_conv.conv2d(a), expected) and len(buffers) == 1 + layer.keep
+    assert equal(halo_conv.conv2d(a), expected) and len(buffers) == 1
     for buffer in buffers:
         assert buffer[:margin].isnan().all() and buffer[-margin:].isnan().all()
         assert buffer[margin:-margin].isfinite().all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 
 import torch
 
@@ -15,8 +16,8 @@ IDENTITY, RECTIFIED, FLOOR, LEAKY, CLAMPED, TANH, SIGMOID, SILU, GELU, GELU_TANH
 GENERAL = (LEAKY, CLAMPED, TANH, SIGMOID, SILU, GELU, GELU_TANH, ELU)
 """All but those that are a ReLU or none."""
 
-SIGNATURE = "ffff"
-"""Of ``arguments``: a parameter, another, scale, offset."""
+SIGNATURE = "A"
+"""Of ``arguments``."""
 
 _ON_THE_WAY_IN = (IDENTITY, RECTIFIED, LEAKY, CLAMPED)
 
@@ -49,13 +50,13 @@ def shared_code(activation: str) -> int:
 
 
 @functools.cache
-def arguments(activation: str) -> tuple[float, float, float, float]:
-    """The fields of ``Activation`` in the source, for ``SIGNATURE``; infinite where float32 ends."""
+def arguments(activation: str) -> bytes:
+    """``Activation`` of the source: a parameter, another, scale, offset; infinite where float32 ends."""
     found = parse(activation)
     # A ReLU and none: the bounds of FLOOR, which the others do not look at.
     first, second = map(_float32, (*_scaled_as(found).parameters, 0.0, 0.0)[:2])
     # x + -0 is x, of a negative zero too.
-    return first, second, _float32(found.scale), _float32(found.offset or -0.0)
+    return struct.pack("4f", first, second, _float32(found.scale), _float32(found.offset or -0.0))
 
 
 def _float32(value: float) -> float:

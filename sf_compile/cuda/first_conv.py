@@ -170,7 +170,7 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _kernel(index, variant, weights.launch_mode).launch(
         (groups * blocks, 1, 1), 384, variant.shared_bytes(),
         (channels_last_map(out.data_ptr(), out.dtype, tuple(out.shape), box, 1), pointer(a.input),
-         weights.weight.data_ptr(), pointer(a.bias), *activation.arguments(a.output_activation),
+         weights.weight.data_ptr(), pointer(a.bias), activation.arguments(a.output_activation),
          *hopper.sums_arguments(a, mean, variance),
          *a.input.stride(), n, height, width, out_channels, out_height, out_width, top, left, strips),
     )  # fmt: skip

@@ -280,8 +280,8 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _kernel(index, variant, weights.launch_mode).launch(
         (blocks, 1, 1), _THREADS, memory.bytes,
         (
-            *maps, weights.weight.data_ptr(), *hopper.norm_arguments(a), *activation.arguments(a.activation),
-            *activation.arguments(a.output_activation),
+            *maps, weights.weight.data_ptr(), *hopper.norm_arguments(a), activation.arguments(a.activation),
+            activation.arguments(a.output_activation),
             out.data_ptr(), pointer(a.bias),
             *hopper.sums_arguments(a, mean, variance), n, h, w, out_h, out_w, top, left, tiles_x,
             tiles_per_image, -(-_RECIPROCAL // tiles_x), -(-_RECIPROCAL // tiles_per_image),

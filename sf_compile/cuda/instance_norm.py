@@ -117,7 +117,7 @@ def instance_norm(a: Arguments) -> Tensor:
         if h * w <= vector * _PLANE_VECTORS:
             held, threads = plane_block(h * w // vector)
             kernel = _plane_kernel(index, dtype, parameter, vector, held, function)
-            kernel.launch((n * c, 1, 1), threads, 0, (*pointers, *strides, eps, *numbers, c, h * w))
+            kernel.launch((n * c, 1, 1), threads, 0, (*pointers, *strides, eps, numbers, c, h * w))
             return out
     slabs = cut(input, _THREADS, 1, residual)
     variant = slabs.variant
@@ -126,6 +126,6 @@ def instance_norm(a: Arguments) -> Tensor:
     slots = left // step_bytes
     _slab_kernel(index, variant, parameter, slabs.slices > 1, function).launch(
         slabs.grid, _THREADS, slots * step_bytes,
-        (*pointers, phased(input, slabs), *strides, eps, *numbers, c, h * w, slabs.turns, slabs.rest, slots),
+        (*pointers, phased(input, slabs), *strides, eps, numbers, c, h * w, slabs.turns, slabs.rest, slots),
     )  # fmt: skip
     return out

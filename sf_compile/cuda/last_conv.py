@@ -200,8 +200,8 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (
             x.data_ptr(), weights.weight.data_ptr(), *hopper.norm_arguments(a), pointer(a.bias),
             out.data_ptr(), n, h, w, out_h, out_w, a.padding[2], a.padding[0], PADS[a.padding_mode],
-            int(a.channels_last), *activation.arguments(a.activation),
-            *activation.arguments(a.output_activation),
+            int(a.channels_last), activation.arguments(a.activation),
+            activation.arguments(a.output_activation),
         ),
     )  # fmt: skip
     return out, mean, variance, absent(x, x.dtype)

@@ -25,7 +25,7 @@ from sf_compile.cuda.compiler import (
 )
 from sf_compile.cuda.recorder import observing
 
-_FORMATS = {"P": "P", "q": "q", "i": "i", "f": "f", "d": "d", "T": "128s", "F": "512s"}
+_FORMATS = {"P": "P", "q": "q", "i": "i", "f": "f", "d": "d", "A": "16s", "T": "128s", "F": "512s"}
 _DEFAULT_SHARED_BYTES = 48 * 1024
 """Shared memory a block may use without opting in for more (CUDA C++ Programming Guide, compute
 capabilities 5.0 and later)."""
@@ -71,9 +71,9 @@ class ArgumentBlock:
     """Storage for one kernel's arguments, and the array of pointers to them that the driver reads.
 
     ``signature`` has a letter per C parameter: P pointer (an int address, or 0), q int64, i int32, f float,
-    d double, T a tensor map (its 128 bytes), F an array of four, or ``Addresses``; these come first, for
-    tensor maps are aligned to 64 bytes. ``address`` is where the pointer array lies. Not to be shared between
-    threads.
+    d double, A an ``Activation`` (its 16 bytes), T a tensor map (its 128 bytes), F an array of four, or
+    ``Addresses``; these two come first, for tensor maps are aligned to 64 bytes. ``address`` is where the
+    pointer array lies. Not to be shared between threads.
     """
 
     def __init__(self, signature: str) -> None:

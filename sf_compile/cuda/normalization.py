@@ -140,6 +140,8 @@ def apply(
         layout, width = CONTIGUOUS, 1 if moves else vector_width(h * w, *inputs, out, kept)
     else:
         layout, width = STRIDED, 1
+    if layout == CHANNELS_LAST and not moves and c * h * w < 2**30:
+        h, w, out_h, out_w = 1, h * w, 1, h * w  # one row, to be cut evenly
     pad = PADS[padding_mode] if any(padding) else 0
     factor = upsample if upsample in _FACTORS else 0
     function = activation.shared_code(norm.activation)
@@ -147,7 +149,7 @@ def apply(
     kernel = _kernel(x.device.index, variant)
     arguments = (
         pointer(x), pointer(residual), pointer(out), pointer(kept), pointer(mean), pointer(variance),
-        pointer(weight), pointer(bias), norm.eps, *activation.arguments(norm.activation),
+        pointer(weight), pointer(bias), norm.eps, activation.arguments(norm.activation),
         image_stride(mean), image_stride(weight), image_stride(bias), c, h, w, upsample, top, left, out_h,
         out_w,
     )  # fmt: skip
@@ -171,7 +173,9 @@ def apply(
 
 def _row_segments(index: int, images: int, rows: int, width: int, columns: int) -> tuple[int, int]:
     """How many segments a row is cut into, and their length: enough blocks to fill the GPU."""
-    wanted = -(-multiprocessors(index) * _RESIDENT // (images * rows))
+    blocks = multiprocessors(index) * _RESIDENT
+    # Of one row a segment for each block, and none for a second turn of a few.
+    wanted = blocks // images if rows == 1 else -(-blocks // (images * rows))
     segments = max(1, min(wanted, width // (columns * _UNROLL)))
     length = -(-width // segments)
     return -(-width // length), length

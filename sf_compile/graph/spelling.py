@@ -55,7 +55,14 @@ CLAMP: Callable[..., Any] = torch.clamp
 TANH: Callable[..., Any] = torch.tanh
 SIGMOID: Callable[..., Any] = torch.sigmoid
 SILU: Callable[..., Any] = torch._C._nn.silu
-GELU: Callable[..., Any] = torch._C._nn.gelu
+
+
+def gelu(input: Any, approximate: Any) -> Any:
+    """torch.nn.functional.gelu, whose second argument is one by name alone up to torch 2.12."""
+    return F.gelu(input, approximate=approximate)
+
+
+GELU: Callable[..., Any] = gelu
 PRELU: Callable[..., Any] = torch.prelu
 ADD: Callable[..., Any] = torch.add
 
@@ -272,7 +279,7 @@ _FUNCTIONS: dict[Any, Callable[..., Spelling | None]] = {
     torch.clip: _clamp,
     torch.clamp_: _inplace(_clamp),
     torch.clip_: _inplace(_clamp),
-    GELU: _gelu,
+    torch._C._nn.gelu: _gelu,
     F.gelu: _gelu,
     PRELU: _prelu,
     F.prelu: _prelu,
