@@ -10,14 +10,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Options", "Report", "__version__", "explain", "models", "nn"]
+__all__ = ["Options", "Report", "__version__", "compile", "explain", "models", "nn"]
 
 if TYPE_CHECKING:
     from sf_compile import models, nn
+    from sf_compile.export import compile
     from sf_compile.options import Options
     from sf_compile.report import Report, explain
 
-_HOME = {"Options": "sf_compile.options", "Report": "sf_compile.report", "explain": "sf_compile.report"}
+_HOME = {
+    "Options": "sf_compile.options",
+    "Report": "sf_compile.report",
+    "compile": "sf_compile.export",
+    "explain": "sf_compile.report",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -50,6 +50,8 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], options: Option
     if not analysis.plan.decisions:
         log.debug("nothing to fuse in a graph of %d nodes: it runs as it came", len(gm.graph.nodes))
         return _fallback(gm, example_inputs, options)
+    if options.fallback == "eager" and _will_be_saved():
+        return _saved(analysis)
     rewritten, regions = rewritten_graph(analysis, options)
     log.debug("fused %d sites:\n%s", len(analysis.plan.decisions), analysis.plan)
     for number, region in enumerate(regions):
@@ -72,8 +74,31 @@ def rewritten_graph(analysis: Analysis, options: Options) -> tuple[fx.GraphModul
     return rewritten, group(rewritten, runner)
 
 
+def _will_be_saved() -> bool:
+    """Whether ``torch.compile(...).aot_compile(...)`` is asking: it wants a callable that it can save."""
+    return bool(getattr(torch._functorch.config, "force_autograd_cache", False))
+
+
+def _saved(analysis: Analysis) -> Callable[..., Any]:
+    from sf_compile.saved import SavedGraph
+
+    rewritten = rewrite(analysis.normalized, analysis.plan)
+    join(rewritten)
+    return SavedGraph(rewritten, in_regions)
+
+
+def in_regions(gm: fx.GraphModule) -> Callable[..., Any]:
+    """What runs a rewritten graph, its fused ops grouped into regions; ``gm`` is changed."""
+    from sf_compile.ops.region import runner
+
+    group(gm, runner)
+    return gm.forward
+
+
 def _fallback(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Any:
     if options.fallback == "eager":
+        if _will_be_saved():
+            return torch._dynamo.lookup_backend("eager")(gm, example_inputs)
         return gm.forward
     if callable(options.fallback):
         return options.fallback(gm, example_inputs)

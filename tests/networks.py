@@ -212,7 +212,9 @@ FUSES: dict[str, Case] = {
         ("conv+norm",),
     ),
     "running statistics": Case(lambda m, x: F.relu(m.running(m.conv(reflect(x)))), ("pad+conv+norm+relu",)),
-    "batch norm in eval": Case(lambda m, x: m.batch(m.same(x)).relu(), ("conv+norm+relu",)),
+    "batch norm in eval": Case(
+        lambda m, x: m.batch(m.same(double(x))).relu(), ("upsample+conv+norm+relu",)
+    ),
     "relu only": Case(lambda m, x: torch.relu_(m.conv(reflect(x))), ("pad+conv+relu",)),
     "add only": Case(lambda m, x: x + m.conv(reflect(x)), ("pad+conv+add",)),
     "relu, add": Case(lambda m, x: m.conv(reflect(x)).relu() + x, ("pad+conv+relu+add",)),
@@ -221,9 +223,11 @@ FUSES: dict[str, Case] = {
         lambda m, x: m.norm(m.same(x)) + m.plain(m.skip(x)), ("conv+norm+add", "conv+norm")
     ),
     "norm": Case(lambda m, x: m.norm(x), ("norm",)),
-    "batch norm, relu": Case(lambda m, x: m.batch(x).relu_(), ("norm+relu",)),
+    "batch norm, relu": Case(lambda m, x: (m.norm(x), m.batch(x).relu_()), ("norm", "norm+relu")),
     "norm, add": Case(lambda m, x: m.plain(x).add(x), ("norm+add",)),
-    "norm, relu, add": Case(lambda m, x: x.add(m.running(x).relu()), ("norm+relu+add",)),
+    "norm, relu, add": Case(
+        lambda m, x: m.norm(x.add(m.running(x).relu())), ("norm+relu+add", "norm")
+    ),
     "norm after a tensor with two readers": Case(
         lambda m, x: (y := m.conv(reflect(x)), F.relu(m.norm(y))), ("pad+conv", "norm+relu")
     ),

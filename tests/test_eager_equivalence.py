@@ -30,6 +30,45 @@ class GradEnabledInside(nn.Module):
             return F.instance_norm(self.conv(x)).relu()
 
 
+class WrittenAfterwards(nn.Module):
+    """The result of a convolution is written to, which its gradient does not need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        y[:, :1] *= 2
+        return y
+
+
+class OneChannel(nn.Module):
+    """The strides of its one channel tell the next convolution which layout to take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(4, 1, 3, padding=1, padding_mode="reflect")
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.one(x)
+
+
+def test_a_result_that_is_written_to_has_its_gradient():
+    model, x = WrittenAfterwards(), torch.randn(1, 3, 8, 8)
+    ours = torch.autograd.grad(torch.compile(model, backend=styleforge)(x).sum(), list(model.parameters()))
+    expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(ours, expected, strict=True))
+
+
+def test_one_channel_has_the_strides_that_eager_gives_it():
+    model, x = OneChannel(), torch.randn(2, 4, 7, 12)
+    with torch.no_grad():
+        ours, expected = torch.compile(model, backend=styleforge)(x), model(x)
+    assert expected.stride(1) == 1 and ours.stride() == expected.stride()
+
+
 def test_an_addition_keeps_the_strides_that_eager_gives_it():
     model, x, residual = AddIntoTransposedStrides(), torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6)
     ours = torch.compile(model, backend=styleforge)(x, residual)

@@ -62,7 +62,7 @@ def test_only_the_backend_sees_every_stage():
     stages = {f"sf_compile.graph.{stage}" for stage in STAGES}
     assert stages <= SOURCES.keys()
     assert [name for name, found in SOURCES.items() if stages <= found] == ["sf_compile.backend"]
-    inside = {"sf_compile.backend", "sf_compile.report"}
+    inside = {"sf_compile.backend", "sf_compile.report", "sf_compile.export"}
     for name, found in SOURCES.items():
         if not within(name, "sf_compile.graph") and name not in inside:
             assert not {other for other in found if within(other, "sf_compile.graph")}, name

@@ -93,7 +93,7 @@ def test_where_the_norm_happens(name, dynamic):
 
 OPS = {
     "norm": ["styleforge::instance_norm"],
-    "batch norm, relu": ["styleforge::normalize"],
+    "batch norm, relu": ["styleforge::instance_norm", "styleforge::normalize"],
     "pre-activation": ["styleforge::instance_statistics", "styleforge::conv2d"],
     "residual block": ["styleforge::conv2d", "styleforge::conv2d"],
 }

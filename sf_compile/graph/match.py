@@ -104,6 +104,12 @@ class Match:
         assert step is not None
         return step.node
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is what any classifier has: no padding but the convolution's own, running statistics."""
+        padded = self.pad is not None and any(self.pad.padding)
+        return self.upsample is None and not padded and (self.norm is None or self.norm.mean is not None)
+
     def __repr__(self) -> str:
         return f"{self.pattern}[{' '.join(step.node.name for step in self.steps)}]"
 
@@ -130,6 +136,7 @@ def match(graph: NormalizedGraph) -> Matches:
         if finder.operation(node) in patterns.CONVOLUTIONS and node not in finder.taken:
             finder.visit(node, patterns.CONVOLUTIONS[node.target])
     finder.extend()
+    finder.leave_plain_networks()
     sites = sorted(finder.sites, key=lambda site: finder.order[site.anchor])
     finder.report_leftovers()
     taken = {node.name for node in finder.taken}
@@ -176,6 +183,15 @@ class _Finder:
             return
         self.sites.append(site)
         self.taken.update(step.node for step in site.steps)
+
+    def leave_plain_networks(self) -> None:
+        """Fuse nothing where every site is plain: eager's passes are as few, and its results stay its own."""
+        if all(site.is_plain for site in self.sites):
+            reason = "a norm with running statistics, in a graph of no other sites"
+            for site in self.sites:
+                self.miss(Miss(site.anchor.name, reason))
+            self.sites.clear()
+            self.taken.clear()
 
     def around(self, conv: Conv) -> Match:
         """The site of a convolution: backwards through pad and upsample, then forwards."""

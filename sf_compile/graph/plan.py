@@ -79,9 +79,11 @@ def plan(graph: NormalizedGraph, matches: Matches, options: Options) -> Plan:
 def layout_of(node: fx.Node) -> bool:
     """Whether eager PyTorch returns this node's value in channels_last."""
     value = value_of(node)
-    if statically_known_true(value.stride(3) == 1):
-        return False
-    return statically_known_true(value.stride(1) == 1)
+    last = statically_known_true(value.stride(1) == 1)
+    if statically_known_true(value.shape[1] == 1):
+        # The pixels of one channel lie alike; its own stride tells, and PyTorch looks at it.
+        return last and not statically_known_true(value.shape[2] * value.shape[3] == 1)
+    return last and not statically_known_true(value.stride(3) == 1)
 
 
 def prefers_channels_last(value: torch.Tensor, options: Options) -> bool:

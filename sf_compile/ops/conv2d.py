@@ -221,7 +221,11 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     a = Arguments(*inputs)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(value for value in a if isinstance(value, Tensor)), *output[:2])
+    # A result that is not needed is not kept: it may be written to before the backward pass.
+    needed = a.statistics or a.output_activation != "none"
+    ctx.save_for_backward(
+        *(value for value in a if isinstance(value, Tensor)), *(output[:2] if needed else (None, None))
+    )
     ctx.settings = tuple(None if isinstance(value, Tensor) else value for value in a)
     ctx.is_tensor = tuple(isinstance(value, Tensor) for value in a)
 

@@ -1,0 +1,59 @@
+"""How far a result may be from the exact one: 1.25 times eager's own error, or what rounding alone does.
+
+A network can magnify the rounding of one operation without bound (the norm of a plane that is constant but
+for rounding), and a gradient jumps where an activation bends. ``noise`` measures that: the network runs in
+float64 with every operation's result perturbed by one rounding of the dtype in question, at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+PROMISED = 1.25
+RUNS = 4
+SLACK = {torch.float64: 32, torch.float32: 16, torch.bfloat16: 4, torch.float16: 4}
+"""How many times the largest perturbation of ``RUNS`` a result may be off; 16-bit sums have 32-bit terms."""
+
+
+def distance(out: Tensor, exact: Tensor) -> float:
+    """||out - exact|| / ||exact|| in float64 over what is finite in ``exact``; infinite for a stray NaN."""
+    out, exact = out.detach().double(), exact.detach().double()
+    finite = exact.isfinite()
+    if not bool(out[finite].isfinite().all()):
+        return float("inf")
+    return float((out - exact)[finite].norm() / exact[finite].norm().clamp_min(1e-30))
+
+
+class _Rounded(TorchDispatchMode):
+    """Every result in float64 is off by up to one unit of rounding, as if it had been stored."""
+
+    def __init__(self, unit: float) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        writes = any(r.alias_info is not None for r in func._schema.returns)
+        return out if writes else tree_map(self.perturbed, out)
+
+    def perturbed(self, x: Any) -> Any:
+        """``x`` itself, with other last digits."""
+        if isinstance(x, Tensor) and x.dtype == torch.float64 and x.numel():
+            x.mul_(1 + self.unit * (2 * torch.rand(x.shape, dtype=x.dtype, device=x.device) - 1))
+        return x
+
+
+def noise(run: Callable[[], Sequence[Tensor]], exact: Sequence[Tensor], dtype: torch.dtype) -> list[float]:
+    """How far rounding to ``dtype`` moves each result of ``run``, which computes ``exact`` in float64."""
+    worst = [0.0] * len(exact)
+    for _ in range(RUNS):
+        with _Rounded(torch.finfo(dtype).eps):
+            outs = run()
+        worst = [max(w, distance(o, e)) for w, o, e in zip(worst, outs, exact, strict=True)]
+    return worst

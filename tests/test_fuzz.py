@@ -1,0 +1,116 @@
+"""Networks of hypothesis's choice: the backend never changes a result. docs/fuzzing.md says how to run more.
+
+A failing network is printed as a file that runs alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import fuzz.backend
+import pytest
+import torch
+from fuzz.networks import programs
+from fuzz.programs import Program
+from fuzz.properties import check, check_explained
+from hypothesis import HealthCheck, given, seed, settings
+
+EXAMPLES = int(os.environ.get("STYLEFORGE_FUZZ_EXAMPLES", "0"))
+SEED = int(os.environ.get("STYLEFORGE_FUZZ_SEED", "0"))
+# A tenth of the networks and more must have something fused, or the run says little.
+FEWEST_FUSED = 0.1
+
+
+def run(test: Callable[[Program], None], strategy: Any, examples: int) -> None:
+    """Run ``test`` on networks that are the same in every run, unless a seed asks for others."""
+    configured = settings(
+        max_examples=EXAMPLES or examples, deadline=None, derandomize=not SEED, database=None,
+        print_blob=False,
+        suppress_health_check=list(HealthCheck),
+    )(given(strategy)(test))  # fmt: skip
+    (seed(SEED)(configured) if SEED else configured)()
+
+
+def compare(device: str, examples: int) -> None:
+    """Compare compiled networks with eager ones, and print how many were fused."""
+    fused: list[bool] = []
+
+    def compiled_equals_eager(program: Program) -> None:
+        fused.append(check(program))
+
+    run(compiled_equals_eager, programs(device), examples)
+    print(f"{len(fused)} networks on {device}, seed {SEED}: {sum(fused)} with something fused")
+    assert sum(fused) >= FEWEST_FUSED * len(fused)
+
+
+def test_compiled_equals_eager():
+    compare("cpu", 250)
+
+
+@pytest.mark.gpu
+def test_compiled_equals_eager_on_a_gpu(strict_float32):
+    compare("cuda", 1000)
+
+
+def test_explain_names_what_then_runs():
+    run(check_explained, programs(), 25)
+
+
+STYLE = Program(
+    modules=(("conv", "nn.Conv2d(3, 4, 3)"), ("norm", "nn.InstanceNorm2d(4, affine=True)")),
+    statements=("t0 = F.pad(x, (1, 1, 1, 1), mode='reflect')", "t1 = F.relu(self.norm(self.conv(t0)))"),
+    results=("t1",),
+    sizes=((2, 3, 8, 9), (1, 3, 12, 8)),
+)
+
+
+def test_a_style_network_passes_and_is_fused():
+    assert check(STYLE)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda out: (out[0] * 1.001,),
+        lambda out: (out[0].contiguous(memory_format=torch.channels_last),),
+        lambda out: (out[0].double(),),
+        lambda out: (out[0].expand_as(out[0])[:1],),
+    ],
+    ids=["a thousandth too bright", "other strides", "another dtype", "one image of two"],
+)
+def test_a_backend_that_is_wrong_is_caught(wrong, monkeypatch):
+    honest = fuzz.backend.compile_graph
+
+    def compile_graph(gm, example_inputs, options):
+        forward = honest(gm, example_inputs, options)
+        rewritten = forward.__self__
+
+        class Wrong:
+            """What is called in the rewritten graph's place, and looks like its method."""
+
+            __self__ = rewritten
+
+            def __call__(self, *args):
+                return wrong(forward(*args))
+
+        return Wrong()
+
+    monkeypatch.setattr(fuzz.backend, "compile_graph", compile_graph)
+    with pytest.raises(AssertionError):
+        check(STYLE)
+
+
+def test_what_eager_refuses_is_refused_and_what_it_computes_is_not():
+    too_large = Program((), ("t0 = F.pad(x, (9, 0, 0, 0), mode='reflect')",), ("t0",), ((1, 3, 8, 9),))
+    assert not check(too_large)
+
+
+def test_a_failing_network_is_printed_as_a_file_that_runs_alone(tmp_path):
+    from test_package import ROOT
+    from test_package import run as run_alone
+
+    output, _ = run_alone(repr(STYLE), tmp_path, ROOT)
+    assert [line.split(")")[0] for line in output.splitlines()] == ["(2, 3, 8, 9", "(1, 3, 12, 8"]
+    assert all(float(line.split("tensor(")[1].split(",")[0]) < 1e-5 for line in output.splitlines())
