@@ -151,7 +151,7 @@ def test_half_precision_pictures_on_a_gpu(name):
         assert (got.shape, got.dtype, got.stride()) == (plain.shape, plain.dtype, plain.stride())
         if plain.dim() < 4:  # a few scores, of which one rounding is a decibel
             error = (got.double() - picture).abs().max()
-            assert error <= 1.25 * (plain.double() - picture).abs().max() + 1e-3 * picture.abs().max()
+            assert error <= 1.25 * (plain.double() - picture).abs().max() + 4e-3 * picture.abs().max()
         elif plain.isfinite().all():
             peak = float(picture.max() - picture.min())
             assert psnr(got, picture, peak) > psnr(plain, picture, peak) - 1

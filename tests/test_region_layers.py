@@ -49,6 +49,7 @@ def hopper_host(monkeypatch):
     for module in (first_conv, halo_conv):
         monkeypatch.setattr(module, "channels_last_map", mapped)
     monkeypatch.setattr(hopper, "refusal", lambda a: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
     monkeypatch.setattr(convolution, "_choices", {})
     monkeypatch.setattr(convolution, "usable_or_warn", lambda: True)
     yield gpu

@@ -203,7 +203,8 @@ class Standardised(nn.Module):
 
 def test_weights_made_inside_the_graph():
     model, x = Standardised(), torch.randn(SHAPE)
-    assert assert_eagers(model, x).ours[0] == 3
+    # The standardisation is a norm over (C, H, W) of the weight: three more ops.
+    assert assert_eagers(model, x).ours[0] == 6
     compiled = torch.compile(model, backend=styleforge)
     for change in (lambda: None, lambda: model.first.weight.data.mul_(torch.rand(4, 1, 1, 1) + 1)):
         change()

@@ -34,12 +34,16 @@ class Reduction(NamedTuple):
 
 
 class Deviation(NamedTuple):
-    """sqrt(variance + eps) + outer_eps, of the pixels and with the correction of ``variance``."""
+    """sqrt(variance + eps) + outer_eps, of the pixels and with the correction of ``variance``.
+
+    ``small`` is the variance before it was expanded to the size of the picture, if it was.
+    """
 
     variance: Reduction
     eps: Any = 0.0
     outer_eps: Any = None
     nodes: tuple[fx.Node, ...] = ()
+    small: fx.Node | None = None
 
 
 def reduction(node: Any, *names: str) -> Reduction | str | None:
@@ -128,7 +132,13 @@ def _square_of(node: Any) -> Any:
 
 
 def _variance(node: Any) -> Deviation | str | None:
-    """A variance, and what was added to it."""
+    """A variance, what was added to it, and whether it was expanded to the size of the picture before."""
+    spread = unexpanded(node)
+    if len(spread) > 1:
+        found = _variance(spread[-1])
+        if not isinstance(found, Deviation) or found.small is not None:
+            return found
+        return found._replace(small=spread[-1], nodes=(*spread, *found.nodes))
     path = views(node)
     call = read(path[-1])
     if call is None:
@@ -136,9 +146,11 @@ def _variance(node: Any) -> Deviation | str | None:
     nodes = tuple(path)
     if call.name == "add":
         return _with_eps(call, nodes)
+    if call.name == "mul":
+        return _put_right(call, nodes)
     if call.name == "var":
-        found = reduction(path[-1], "var")
-        return Deviation(found, nodes=nodes) if isinstance(found, Reduction) else found
+        variance = reduction(path[-1], "var")
+        return Deviation(variance, nodes=nodes) if isinstance(variance, Reduction) else variance
     if call.name == "sub":
         return _difference_of_squares(call, nodes)
     squares = _mean(path[-1])
@@ -163,6 +175,23 @@ def _with_eps(call: Call, nodes: tuple[fx.Node, ...]) -> Deviation | str | None:
             if is_number(found.eps) and found.eps == 0.0:
                 return found._replace(eps=eps, nodes=(*nodes, *found.nodes))
             return "two numbers added to the variance"
+    return None
+
+
+def _put_right(call: Call, nodes: tuple[fx.Node, ...]) -> Deviation | str | None:
+    """An unbiased variance times (n - 1) / n: the biased one."""
+    for inner, factor in (call.arguments, call.arguments[::-1]):
+        if not is_number(factor):
+            continue
+        found = _variance(inner)
+        if not isinstance(found, Deviation):
+            return found
+        pixels = found.variance.pixels
+        if found.variance.correction != 1 or not (is_number(found.eps) and found.eps == 0.0):
+            return "a number times the variance"
+        if not statically_known_true(number(factor) == (pixels - 1) / pixels):
+            return "a number times the variance, other than (n - 1) / n"
+        return found._replace(variance=found.variance._replace(correction=0), nodes=(*nodes, *found.nodes))
     return None
 
 

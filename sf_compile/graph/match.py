@@ -106,9 +106,10 @@ class Match:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is what any classifier has: no padding but the convolution's own, running statistics."""
+        """Whether it is what any classifier has: no padding but the convolution's own, batch norm in eval."""
         padded = self.pad is not None and any(self.pad.padding)
-        return self.upsample is None and not padded and (self.norm is None or self.norm.mean is not None)
+        moved = padded or self.upsample is not None or self.moves or isinstance(self.conv, ConvTranspose)
+        return not moved and (self.norm is None or self.norm.node.target is spelling.BATCH_NORM)
 
     def __repr__(self) -> str:
         return f"{self.pattern}[{' '.join(step.node.name for step in self.steps)}]"
@@ -187,7 +188,7 @@ class _Finder:
     def leave_plain_networks(self) -> None:
         """Fuse nothing where every site is plain: eager's passes are as few, and its results stay its own."""
         if all(site.is_plain for site in self.sites):
-            reason = "a norm with running statistics, in a graph of no other sites"
+            reason = "a batch norm in a graph of no other sites"
             for site in self.sites:
                 self.miss(Miss(site.anchor.name, reason))
             self.sites.clear()

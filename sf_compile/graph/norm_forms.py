@@ -127,7 +127,9 @@ def _fitted(node: fx.Node, factor: fx.Node, top: Centred, root: fx.Node, below: 
         variance = variance._replace(of=top.of)
     if not top.mean.matches(variance):
         return "mean and variance are of different tensors or pixels"
-    if not spreads(root, factor, variance.count):
+    small = root if below.small is None else below.small
+    sized = below.small is None or same_shape(value_of(root), value_of(factor))
+    if not sized or not spreads(small, factor, variance.count):
         return "a standard deviation that is not broadcast over its own pixels"
     outer = below.outer_eps
     if isinstance(outer, int | float) and not (outer == 0 or outer >= _LEAST_OUTER_EPS):

@@ -254,7 +254,8 @@ def _backward(
     grad_z = grad_kept if a.keep_input else None
     grad_weight = grad_bias = None
     if grad is not None:
-        grad = _through_output_activation(grad, output, a)
+        if a.output_activation != "none":
+            grad = _through_output_activation(grad, output, a)
         z = a.input
         if a.normalizes:
             z = torch.ops.styleforge.normalize.default(a.input, *a.norm, a.residual, a.channels_last)

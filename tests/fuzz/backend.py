@@ -21,7 +21,7 @@ from sf_compile.options import Options
 class Compiled:
     """One graph that Dynamo handed over, what the backend made of it, and the ops that then ran.
 
-    ``strides`` are those that Dynamo recorded for its results.
+    ``strides`` are those that Dynamo recorded for its results, where they are numbers.
     """
 
     decisions: list[tuple[str, str]]
@@ -29,6 +29,7 @@ class Compiled:
     executed: list[Counter[str]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     strides: set[tuple[int, ...]] = field(default_factory=set)
+    has_symbolic_results: bool = False
 
 
 class _Executed(TorchDispatchMode):
@@ -59,8 +60,11 @@ class Backend:
         graph = Compiled([(d.site.anchor.name, d.site.pattern) for d in analysis.plan.decisions])
         self.graphs.append(graph)
         recorded = (value_of(node) for node in gm.graph.output_node().all_input_nodes)
-        strides = (value.stride() for value in recorded if isinstance(value, Tensor))
-        graph.strides = {s for s in strides if all(type(step) is int for step in s)}
+        for value in recorded:
+            if isinstance(value, Tensor) and all(type(step) is int for step in value.stride()):
+                graph.strides.add(value.stride())
+            elif isinstance(value, Tensor):
+                graph.has_symbolic_results = True
         first, second = (compile_graph(gm, example_inputs, self.options) for _ in range(2))
         if not graph.decisions:
             if first != gm.forward or getattr(first, "__self__", None) is not gm:
