@@ -196,11 +196,7 @@ inline double __shfl_xor_sync(u32, double x, int lanes) {
   return x;
 }
 inline u64 atomicAdd(u64* at, u64 x) { const u64 before = *at; *at += x; return before; }
-inline u32 atomicInc(u32* at, u32 most) {
-  const u32 before = *at;
-  *at = before >= most ? 0 : before + 1;
-  return before;
-}
+inline u32 atomicAdd(u32* at, u32 x) { const u32 before = *at; *at += x; return before; }
 template <class T> T __ldcg(const T* at) { return *at; }
 inline i64 __double2ll_rn(double x) { return (i64)std::nearbyint(x); }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
