@@ -108,7 +108,7 @@ class Match:
     def is_plain(self) -> bool:
         """Whether it is what any classifier has: no padding but the convolution's own, batch norm in eval."""
         padded = self.pad is not None and any(self.pad.padding)
-        moved = padded or self.upsample is not None or self.moves or isinstance(self.conv, ConvTranspose)
+        moved = padded or self.upsample is not None
         return not moved and (self.norm is None or self.norm.node.target is spelling.BATCH_NORM)
 
     def __repr__(self) -> str:
