@@ -36,8 +36,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
               const unsigned char* __restrict__ weights, const float* mean, const float* variance,
               const parameter* norm_weight, const parameter* norm_bias, float eps, i64 image_stride, i64 weight_stride,
               i64 bias_stride, Activation activation, Activation output_activation, element* out, const element* bias,
-              SumsWorkspace* workspace, float* out_mean, float* out_variance, int images, int height, int width, int out_height, int out_width, int top, int left,
-              int tiles_x, int tiles_per_image, u64 line_reciprocal, u64 image_reciprocal) {
+              SumsWorkspace* workspace, float* out_mean, float* out_variance, int images, int height, int width,
+              int out_height, int out_width, int top, int left, int tiles_x, int tiles_per_image, u64 line_reciprocal,
+              u64 image_reciprocal) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const u32 stages = shared_address(shared), slots = stages + 4 * STAGE_BYTES, weight_base = slots + SLOTS * SLOT_BYTES;
   const u32 affines = weight_base + (STREAMED ? 0 : DEPTH * WEIGHT_BYTES);
@@ -278,7 +279,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       auto release = [&](int use, const Tile& next) {  // its slot has been read: warp 0 refills it, with part of `next`
         if (lane == 0) {
           barrier_arrive(empty + 8 * (use % SLOTS));
-          if (TRANSFORM && warp % 4 == 0 && use + SLOTS < (STRIDE == 1 ? total : (int)load_shared_word(counts + 8) * DEPTH)) {
+          // With four planes to a slot registers are scarcer still.
+          const int uses = STRIDE == 1 ? total : (int)load_shared_word(counts + 8) * DEPTH;
+          if (TRANSFORM && warp % 4 == 0 && use + SLOTS < uses) {
             barrier_wait(empty + 8 * (use % SLOTS), use / SLOTS & 1);
             fetch(use + SLOTS, next);
           }
