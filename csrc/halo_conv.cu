@@ -25,6 +25,7 @@
 // where the input is finished), ACTIVATION (of activation.cuh: one of its first few), STATISTICS, BIAS,
 // OUTPUT_ACTIVATION.
 #define MMA_N 256
+#define WIDE_STRIDE (STRIDE == 2 && SLOT_CHANNELS == 32)  // needs more registers to prepare its slots
 #include "activation.cuh"
 #include "channel_sums.cuh"
 #include "halo_tile.cuh"
@@ -135,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   };
 
   if (group == 2) {  // the warpgroup that prepares slots
-    give_registers_back<136>();
+    give_registers_back<WIDE_STRIDE ? 152 : 120>();
     if (!TRANSFORM) {
       if (warp == 0) {
         if (lane == 0) {
@@ -232,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     if (!STREAMED && thread == 0)  // no exit with a copy under way
       for (int i = 0; i < DEPTH; i++) barrier_wait(weights_full + 8 * i, 0);
   } else {                  // two warpgroups that multiply, a tile each in turn
-    take_registers<184>();  // 128 x 136 + 256 x 184 is what 384 threads are launched with
+    take_registers<WIDE_STRIDE ? 176 : 192>();  // 128 x 120 + 256 x 192 (or 152, 176) is what 384 threads are launched with
     float d[MMA_N / 2];
     // A lane's two rows of the product are output channels channel and channel + 8.
     const int row = row_block * 64 + warp * 16, phase = row / PHASE_ROWS, channel0 = row % PHASE_ROWS;
