@@ -1,9 +1,10 @@
 // Mean and variance of every (image, channel) in the epilogue of a convolution, the same bits on every run.
 //
 // Each thread sums its pixels of a channel in a fixed order, in fp32 about a pivot (one of the first pixels: a
-// mean many deviations from zero then costs no digits, and nothing but the pivot is left of a constant). Blocks add their sums as 64-bit fixed-point
-// numbers, which is associative, so their order does not matter; the block that takes the last ticket turns
-// the totals into means and variances and leaves the workspace zeroed for the next launch on the stream.
+// mean many deviations from zero then costs no digits, and nothing but the pivot is left of a constant). Blocks add
+// their sums as 64-bit fixed-point numbers, which is associative, so their order does not matter; the block that takes
+// the last ticket turns the totals into means and variances and leaves the workspace zeroed for the next launch on the
+// stream.
 #pragma once
 #include "elements.cuh"
 
@@ -17,12 +18,15 @@
 #endif
 
 // Zero before the first launch. After the tickets: the whole numbers and the fractions of the mean, then of the mean
-// square, of every (image, channel), COPIES times; then how many shares of it were not finite, and a count of what was added.
+// square, of every (image, channel), COPIES times; then how many shares of it were not finite, and a count of what was
+// added.
 struct SumsWorkspace {
   u32 tickets, arrivals, unused[2];  // arrivals: of blocks that wait for each other (csrc/residual_trunk.cu)
   u64 totals[1];
 
-  DEVICE u64* at(i64 channels, int copy, int part, i64 channel) { return totals + (copy * 4 + part) * channels + channel; }
+  DEVICE u64* at(i64 channels, int copy, int part, i64 channel) {
+    return totals + (copy * 4 + part) * channels + channel;
+  }
   DEVICE u64* not_finite(i64 channels, i64 channel) { return totals + COPIES * 4 * channels + channel; }
   // A count that goes with the channel, for `completes`.
   DEVICE u32* count(i64 channels, i64 channel) { return (u32*)(totals + (COPIES * 4 + 1) * channels + channel); }
@@ -59,7 +63,8 @@ DEVICE void add_share(SumsWorkspace* workspace, int copy, i64 channels, i64 chan
   }
   const double whole = floor(share);
   atomicAdd(workspace->at(channels, copy, 2 * squares, channel), (u64)__double2ll_rn(whole));
-  atomicAdd(workspace->at(channels, copy, 2 * squares + 1, channel), (u64)__double2ll_rn((share - whole) * FRACTION_UNITS));
+  const double fraction = (share - whole) * FRACTION_UNITS;
+  atomicAdd(workspace->at(channels, copy, 2 * squares + 1, channel), (u64)__double2ll_rn(fraction));
 }
 
 // What four lanes (a quad) have seen of the same two channels, each lane of other pixels.
@@ -68,7 +73,8 @@ struct QuadSums {
   int count;  // pixels that this lane has seen of either
 
   // Add them to (image, channel) numbers `first` and `first + distance` of `channels`, those below `end`.
-  DEVICE void flush(SumsWorkspace* workspace, int copy, i64 channels, i64 first, int distance, i64 end, double per_pixel) {
+  DEVICE void flush(SumsWorkspace* workspace, int copy, i64 channels, i64 first, int distance, i64 end,
+                    double per_pixel) {
     double shares[4] = {sums[0].about_zero(count), sums[1].about_zero(count), sums[0].squares_about_zero(count),
                         sums[1].squares_about_zero(count)};
     count = 0;
@@ -108,8 +114,8 @@ DEVICE void clear_total(SumsWorkspace* workspace, i64 channels, i64 channel) {
   *workspace->not_finite(channels, channel) = 0;
 }
 
-// Called by `threads` threads after their last add_share: whether theirs, which count for `share`, complete `whole`; then
-// they see what all have added, and the count is 0 again. `thread` counts them from 0, `barrier` is a hardware barrier
+// Called by `threads` threads after their last add_share: whether theirs, which count for `share`, complete `whole`;
+// then they see what all have added, and the count is 0 again. `thread` counts them from 0, `barrier` is a hardware barrier
 // of theirs.
 DEVICE bool completes(u32* count, u32 share, u32 whole, int thread, int threads, int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");

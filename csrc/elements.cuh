@@ -56,9 +56,9 @@ template <int kDtype> DEVICE u32 pack(float first, float second) {
 typedef Storage<DTYPE>::type element;
 typedef Storage<PARAMETER>::type parameter;
 
-// The elements of such a pair (DTYPE 1 or 2).
-DEVICE float low(u32 pair) { return to_float<DTYPE>((u16)pair); }
-DEVICE float high(u32 pair) { return to_float<DTYPE>((u16)(pair >> 16)); }
+// The elements of such a pair, where DTYPE is 1 or 2.
+DEVICE float low(u32 pair) { return to_float<DTYPE ? DTYPE : 1>((u16)pair); }
+DEVICE float high(u32 pair) { return to_float<DTYPE ? DTYPE : 1>((u16)(pair >> 16)); }
 
 // max(y, lower) that keeps NaN, as torch.relu does; lower is 0 for a ReLU and -infinity for none.
 DEVICE float clamp_below(float y, float lower) {

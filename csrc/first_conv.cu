@@ -2,20 +2,24 @@
 // of 1 to 4 channels with stride 1, bias and ReLU where asked, into a channels_last picture, and the mean and
 // variance of every (image, channel) of what is written.
 //
-// A unit of work is one output row of a strip of 2 MMA_N pixels, for 32 output channels. Its product has the
-// rows 2 pixels x 32 channels and the columns MMA_N pairs of pixels. Input rows lie in shared memory as
-// [x][4 channels], the missing channels zero, so 16 bytes, a *chunk*, are 2 pixels: chunk j of the window of
-// KERNEL + 1 pixels of pair n lies at 16 (n + j). The windows overlap, and nothing is unfolded. A k16 step
-// takes two chunks of a row; an odd last chunk is paired with that of the next row, one row pitch away.
-// Such row pairs start at even slots of the ring of rows, so none wraps; whether a unit's first row has an
-// even or an odd slot decides between two orders of those weights.
+// A unit of work is a strip of output rows, for 32 output channels. Input rows lie in shared memory as
+// [x][4 channels], the missing channels zero; 16 bytes of one are a *chunk*: 2 pixels of 16 bits, or 1 of float32.
+// Column n of the unit's product stands for the pixels of chunk n, so chunk j of its window lies at 16 (n + j): the
+// windows overlap, and nothing is unfolded. The product's 64 rows are 2 outputs of a column x 32 channels: with 16
+// bits its 2 pixels, in one row; with float32, in TF32, its pixel in 2 rows. A unit so has 2 MMA_N pixels of a row,
+// and reads KERNEL rows of windows of KERNEL + 1 pixels; or MMA_N pixels of 2 rows, and reads KERNEL + 1 rows of
+// windows of KERNEL pixels.
+//
+// A step of the product takes two chunks of a row; an odd last chunk is paired with that of the next row, one row
+// pitch away. Such row pairs start at even slots of the ring of rows, so none wraps. Where a unit reads an odd number
+// of rows, whether its first one has an even or an odd slot decides between two orders of those weights.
 //
 // All 12 warps pack the first rows of a block, 4 of them go on packing ahead. Two consumer warpgroups take
-// alternate rows: one multiplies while the other takes statistics and stores. Blocks walk down a strip, one
-// new input row a unit; blockIdx.x % groups is the group of 32 output channels.
+// alternate units: one multiplies while the other takes statistics and stores. Blocks walk down a strip, one
+// new input row an output row; blockIdx.x % groups is the group of 32 output channels.
 //
-// A NaN in the input reaches one column more than the convolution has (the zero weight of the window's
-// pixel that belongs to the other pixel of the pair).
+// A NaN in the input reaches one column more than the convolution has, or one row with float32 (the zero weight of
+// what belongs to the other of the 2 outputs).
 //
 // Constants: DTYPE, PARAMETER, CHANNELS (of the input), KERNEL (3, 5, 7, 9), MMA_N, BOX (pixels of a tensor
 // store, which divide a strip), PAD (1 zeros, 2 reflect, 3 replicate), STATISTICS, BIAS,
@@ -25,26 +29,40 @@
 #include "hopper.cuh"
 
 #define GROUP 32  // output channels of a block
-#define STRIP (2 * MMA_N)
-#define BOXES (STRIP / BOX)
+#if DTYPE == 0
+#define ADJACENT 1  // pixels of a column of the product
+#define SLOTS 12    // rows in the ring: even, and no fewer than a unit reads
+#define IN_FLIGHT PIXELS_A_LANE  // that a lane of the warps that pack ahead reads at once
+#else
+#define ADJACENT 2
+#define SLOTS 16
+#define IN_FLIGHT 6
+#endif
+#define UNIT_ROWS (2 / ADJACENT)
+#define INPUT_ROWS (KERNEL + UNIT_ROWS - 1)  // that a unit reads
+#define STRIP (ADJACENT * MMA_N)
+#define BOXES (STRIP / BOX)  // of an output row
 
-#define CHUNKS ((KERNEL + 1) / 2)
+#define CHUNKS ((KERNEL + ADJACENT - 1) / ADJACENT)
 #define ROW_STEPS (CHUNKS / 2)
-#define ROW_PAIRS (KERNEL / 2)
-#define TAIL_STEPS (CHUNKS % 2 ? ROW_PAIRS + 1 : 0)  // of the odd last chunks
-#define STEP_BYTES 2048                              // weights of a k16 step: 2 chunks x 64 rows x 16 bytes
-#define WEIGHT_BYTES ((KERNEL * ROW_STEPS + 2 * TAIL_STEPS) * STEP_BYTES)
+#define ROW_PAIRS (INPUT_ROWS / 2)
+#define TAIL_STEPS (CHUNKS % 2 ? ROW_PAIRS + INPUT_ROWS % 2 : 0)  // of the odd last chunks
+#define TAIL_ORDERS (1 + INPUT_ROWS % 2)
+#define STEP_BYTES 2048  // weights of a step: 2 chunks x 64 rows x 16 bytes
+#define WEIGHT_BYTES ((INPUT_ROWS * ROW_STEPS + TAIL_ORDERS * TAIL_STEPS) * STEP_BYTES)
 
-#define SLOTS 16  // rows in the ring: even, and no fewer than KERNEL
 #define ROW_PIXELS (STRIP + KERNEL - 1)
-#define PITCH (8 * ROW_PIXELS)
+#define PIXEL_BYTES (16 / ADJACENT)
+#define PITCH (PIXEL_BYTES * ROW_PIXELS)
 #define PIXELS_A_LANE ((ROW_PIXELS + 31) / 32)
 
-#define STAGING_BYTES (64 * STRIP)  // a finished unit, on its way out
-#define FIRST_ROWS 12               // packed by all warps, one each
+#define OUT_BYTES (GROUP * (int)sizeof(element))        // of an output pixel
+#define STAGING_BYTES (UNIT_ROWS * STRIP * OUT_BYTES)  // a finished unit, on its way out
+#define FIRST_ROWS 12                                  // packed by all warps, one each
 
-static_assert(STRIP % BOX == 0 && BOX % 16 == 0 && BOX <= 256, "boxes are whole 8-pair groups");
-static_assert(SLOTS % 2 == 0 && SLOTS >= KERNEL && SLOTS >= FIRST_ROWS, "ring");
+static_assert(STRIP % BOX == 0 && BOX % (8 * ADJACENT) == 0 && BOX <= 256, "boxes are whole groups of 8 columns");
+static_assert(SLOTS % 2 == 0 && SLOTS >= INPUT_ROWS && SLOTS >= FIRST_ROWS, "ring");
+static_assert(INPUT_ROWS % 2 || UNIT_ROWS % 2 == 0, "units with an even number of rows start at even slots");
 
 // The input, with strides in elements.
 struct Picture {
@@ -75,10 +93,22 @@ struct Ring {
   DEVICE void arrive_empty(int i) const { barrier_arrive(empty + 8 * ((u32)i % SLOTS)); }
 };
 
-// A block's units, by image, strip and output row; a *column* is a strip of an image.
+// A block's units, by image, strip and output rows; a *column* is a strip of an image, of `height` units.
 struct Share {
   int first, end, height, strips;
 };
+
+// A pixel as an operand of the products.
+DEVICE void store_pixel(u32 to, const element (&channels)[4]) {
+#if DTYPE == 0
+  u32 words[4];
+#pragma unroll
+  for (int c = 0; c < 4; c++) words[c] = c < CHANNELS ? round_to_tf32(channels[c]) : 0;
+  store_shared(to, make_uint4(words[0], words[1], words[2], words[3]));
+#else
+  store_shared(to, channels[0] | (u32)channels[1] << 16, channels[2] | (u32)channels[3] << 16);
+#endif
+}
 
 // One warp packs one row of the padded picture from `column` on, kInFlight pixels of a lane on their way.
 template <int kInFlight>
@@ -104,9 +134,7 @@ DEVICE void pack_row(const Picture& in, const Ring& ring, int position, int imag
 #pragma unroll
     for (int i = 0; i < kInFlight; i++) {
       const int x = lane + 32 * (start + i);
-      const u32 first = values[i][0] | (u32)values[i][1] << 16;
-      const u32 second = values[i][2] | (u32)values[i][3] << 16;
-      if (x < ROW_PIXELS) store_shared(ring.row(position) + 8 * x, first, second);
+      if (x < ROW_PIXELS) store_pixel(ring.row(position) + PIXEL_BYTES * x, values[i]);
     }
   }
   async_fence();
@@ -121,11 +149,11 @@ DEVICE void pack_rows(const Picture& in, const Ring& ring, const Share& share, i
 #pragma unroll 1
   for (int unit = share.first; unit < share.end && next < end;) {
     const int y = unit % share.height, column = unit / share.height;
-    const int units = min(share.end - unit, share.height - y), rows = units + KERNEL - 1;
+    const int units = min(share.end - unit, share.height - y), rows = UNIT_ROWS * units + KERNEL - 1;
     const int image = column / share.strips, x = column % share.strips * STRIP;
 #pragma unroll 1
     for (; next < min(end, position + rows); next += step)
-      pack_row<kInFlight>(in, ring, next, image, y + next - position, x);
+      pack_row<kInFlight>(in, ring, next, image, UNIT_ROWS * y + next - position, x);
     position += rows;
     unit += units;
   }
@@ -136,25 +164,39 @@ struct Unit {
   int y, column, row;
   DEVICE void advance(int height) {
     const bool last = y == height - 1;
-    row += last ? KERNEL : 1;
+    row += last ? INPUT_ROWS : UNIT_ROWS;
     column += last;
     y = last ? 0 : y + 1;
   }
 };
 
-DEVICE u32 finished(float first, float second, float bias, const Activation& a) {
+DEVICE Pair finished(float first, float second, float bias, const Activation& a) {
   if (BIAS) first += bias, second += bias;
-  if (OUTPUT_ACTIVATION == RECTIFIED) return pack_relu(first, second);
-  return pack<DTYPE>(activate_and_scale<OUTPUT_ACTIVATION>(first, a), activate_and_scale<OUTPUT_ACTIVATION>(second, a));
+  if (OUTPUT_ACTIVATION == RECTIFIED) return rounded_relu(first, second);
+  return rounded(activate_and_scale<OUTPUT_ACTIVATION>(first, a), activate_and_scale<OUTPUT_ACTIVATION>(second, a));
 }
 
-// Round a unit, write it to the staging memory as [pixel][32 channels], swizzled by 64 bytes, and take its
-// statistics. A thread has two channels and every 16th pixel and the one 2 beyond it; the first of the former
-// is `remaining` pixels from the end of the row.
+// Where in a unit's staging memory, [row][pixel][32 channels] swizzled by the bytes of a pixel, this lane writes: 16
+// bits are written as 8x8 matrices, of which the lane has a row, float32 by words, of the first pixel and channel
+// that the lane has. `part` is which of the 2 outputs of a column the warp has, `half` which half of the channels.
+DEVICE u32 staged(int lane, int part, int half) {
+#if DTYPE == 0
+  const int pixel = lane % 4 * 2, chunk = (half * 4 + lane / 16) ^ pixel;
+  return part * STRIP * 128 + pixel * 128 + chunk * 16 + lane / 4 % 4 * 4;
+#else
+  // lane % 8 is the column, of 128 bytes; lane / 8 % 2 says which 8 of the warp's 16 channels, lane / 16 which 8
+  // columns.
+  const int eighth = (half * 2 + lane / 8 % 2) ^ lane % 4;
+  return lane / 16 * 1024 + lane % 8 * 128 + part * 64 + eighth * 16;
+#endif
+}
+
+// Round a unit, write it to the staging memory and take its statistics. A thread has two channels of both pixels of
+// a quarter of the pairs of columns; the first of them is `remaining` pixels from the end of the row.
 template <bool kWhole>
 DEVICE void write_unit(const float (&d)[MMA_N / 2], const float (&bias)[2], const Activation& activation, u32 to,
                        QuadSums& statistics, int remaining) {
-  u32 before[2];
+  [[maybe_unused]] Pair before[2];  // of the 8 columns before, that two groups are stored at once
   if (STATISTICS && statistics.count == 0)
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -163,8 +205,8 @@ DEVICE void write_unit(const float (&d)[MMA_N / 2], const float (&bias)[2], cons
     }
 #pragma unroll
   for (int g = 0; g < MMA_N / 8; g++) {
-    const bool first = 16 * g < remaining, second = 16 * g + 2 < remaining;
-    u32 pairs[2];
+    const bool first = 8 * ADJACENT * g < remaining, second = 8 * ADJACENT * g + ADJACENT < remaining;
+    Pair pairs[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       pairs[i] = finished(d[4 * g + 2 * i], d[4 * g + 2 * i + 1], bias[i], activation);
@@ -174,16 +216,24 @@ DEVICE void write_unit(const float (&d)[MMA_N / 2], const float (&bias)[2], cons
       else sum.add(low(pairs[i]), first), sum.add(high(pairs[i]), second);
     }
     if (!kWhole) statistics.count += first + second;
+#if DTYPE == 0
+#pragma unroll
+    for (int i = 0; i < 2; i++) {  // channels 8 apart
+      store_shared_word((to ^ 32 * i) + g * 1024, __float_as_uint(pairs[i].x));
+      store_shared_word((to ^ 32 * i ^ 16) + 128 + g * 1024, __float_as_uint(pairs[i].y));
+    }
+#else
     if (g % 2) store_transposed(to + (g - 1) * 1024, before[0], before[1], pairs[0], pairs[1]);
     else if (g == MMA_N / 8 - 1) store_transposed(to + g * 1024, pairs[0], pairs[1]);
     before[0] = pairs[0], before[1] = pairs[1];
+#endif
   }
   if (kWhole) statistics.count += MMA_N / 4;
 }
 
 // Grid groups x blocks, 384 threads; `weights` (groups, steps, 2 chunks, 64 rows, 8) has first the steps of
-// whole rows, then the tail for an even and for an odd first slot. `out` is the map of the output with boxes
-// of GROUP channels and BOX pixels of a row, swizzled by 64 bytes. Images x strips x rows < 2^31.
+// whole rows, then the tail for an even and, where there are two, for an odd first slot. `out` is the map of the
+// output with boxes of GROUP channels and BOX pixels of a row, swizzled. Images x strips x rows < 2^31.
 extern "C" __global__ void __launch_bounds__(384, 1) first_conv(
     const __grid_constant__ TensorMap out, const element* x, const element* weights, const element* bias,
     Activation activation, SumsWorkspace* workspace, float* mean, float* variance, i64 x_image, i64 x_channel,
@@ -192,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) first_conv(
     int left, int strips) {
   extern __shared__ unsigned char memory[];
   launch_dependents();
-  const u32 staging = (shared_address(memory) + 1023) & ~1023u;  // 512-byte rows of the swizzle
+  const u32 staging = (shared_address(memory) + 1023) & ~1023u;  // the swizzle's pattern has 512 or 1024 bytes
   const u32 held_weights = staging + 2 * STAGING_BYTES, rows = held_weights + WEIGHT_BYTES;
   const u32 full = rows + SLOTS * PITCH, empty = full + 8 * SLOTS, weights_ready = empty + 8 * SLOTS;
   const u32 turn = weights_ready + 8;
@@ -206,10 +256,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) first_conv(
   }
   __syncthreads();
   const int groups = (out_channels + GROUP - 1) / GROUP, group = blockIdx.x % groups;
-  const i64 units = (i64)images * strips * out_height;
+  const int unit_rows = (out_height + UNIT_ROWS - 1) / UNIT_ROWS;
+  const i64 units = (i64)images * strips * unit_rows;
   const int block = blockIdx.x / groups, blocks = gridDim.x / groups;
   const int first_unit = (int)(units * block / blocks), end_unit = (int)(units * (block + 1) / blocks);
-  const Share share = {first_unit, end_unit, out_height, strips};
+  const Share share = {first_unit, end_unit, unit_rows, strips};
   const Picture in = {x,     x_image, x_channel, x_row, x_pixel,
                       height, width,   top,       left,  out_width + KERNEL - 1};
   const Ring ring = {rows, full, empty};
@@ -218,12 +269,12 @@ extern "C" __global__ void __launch_bounds__(384, 1) first_conv(
     give_registers_back<104>();
     if (thread == 0) {
       barrier_expect(weights_ready, WEIGHT_BYTES);
-      bulk_copy(held_weights, weights + (i64)group * (WEIGHT_BYTES / 2), WEIGHT_BYTES, weights_ready);
+      bulk_copy(held_weights, (const char*)weights + (i64)group * WEIGHT_BYTES, WEIGHT_BYTES, weights_ready);
     }
     __syncwarp();
     wait_for_previous();
-    pack_rows<6>(in, ring, share, warp - 8, FIRST_ROWS, FIRST_ROWS);
-    pack_rows<6>(in, ring, share, FIRST_ROWS + warp - 8, 4, 0x7fffffff);
+    pack_rows<IN_FLIGHT>(in, ring, share, warp - 8, FIRST_ROWS, FIRST_ROWS);
+    pack_rows<IN_FLIGHT>(in, ring, share, FIRST_ROWS + warp - 8, 4, 0x7fffffff);
     if (thread == 0) barrier_wait(weights_ready, 0);  // no exit with a copy under way
     return;
   }
@@ -231,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) first_conv(
   take_registers<200>();
   wait_for_previous();
   pack_rows<PIXELS_A_LANE>(in, ring, share, 4 + warp, FIRST_ROWS, FIRST_ROWS);
-  const int parity = warp % 4 / 2;                              // which pixel of the pairs
+  const int part = warp % 4 / 2;                                // which of the 2 outputs of a column
   const int channel = group * GROUP + warp % 2 * 16 + lane / 4;  // and the one 8 above it
   float d[MMA_N / 2], added[2] = {0.f, 0.f};
   if (BIAS)
@@ -240,14 +291,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) first_conv(
   QuadSums statistics = {};
   const double per_pixel = 1.0 / ((double)out_height * out_width);
   const u32 stage = staging + warpgroup * STAGING_BYTES;
-  // Where this lane's row of the 8x8 matrices goes: lane % 8 is the pair, of 128 bytes; lane / 8 % 2 says
-  // which 8 of the warp's 16 channels, lane / 16 which 8 pairs.
-  const int eighth = (warp % 2 * 2 + lane / 8 % 2) ^ lane % 4;
-  const u32 to = stage + lane / 16 * 1024 + lane % 8 * 128 + parity * 64 + eighth * 16;
+  const u32 to = stage + staged(lane, part, warp % 2);
 
   const int count = share.end - share.first;
-  Unit unit = {share.first % out_height, share.first / out_height, 0};
-  if (warpgroup == 1) unit.advance(out_height);
+  Unit unit = {share.first % unit_rows, share.first / unit_rows, 0};
+  if (warpgroup == 1) unit.advance(unit_rows);
   int released = 0;  // rows that this warpgroup has passed on
   if (warpgroup < count) barrier_wait(weights_ready, 0);
 #pragma unroll 1
@@ -260,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) first_conv(
     if (j > 0) barrier_wait(turn, (j - 1) & 1);  // the other warpgroup has issued the products of unit j - 1
     const u64 a = descriptor(held_weights, STEP_BYTES / 2, 128, SWIZZLE_NONE);
 #pragma unroll
-    for (int r = 0; r < KERNEL; r++) {
+    for (int r = 0; r < INPUT_ROWS; r++) {
       ring.wait_full(unit.row + r);
       const u64 windows = descriptor(ring.row(unit.row + r), 16, 128, SWIZZLE_NONE);
       wgmma_fence();
@@ -269,23 +317,24 @@ extern "C" __global__ void __launch_bounds__(384, 1) first_conv(
         multiply(d, a + (r * ROW_STEPS + k) * (STEP_BYTES / 16), windows + 2 * k, r + k > 0);
     }
     if (TAIL_STEPS) {
-      const int odd = unit.row & 1, alone = odd ? 0 : KERNEL - 1;
-      const u64 tail = a + (KERNEL * ROW_STEPS + odd * TAIL_STEPS) * (STEP_BYTES / 16);
+      const int odd = INPUT_ROWS % 2 ? unit.row & 1 : 0, alone = odd ? 0 : INPUT_ROWS - 1;
+      const u64 tail = a + (INPUT_ROWS * ROW_STEPS + odd * TAIL_STEPS) * (STEP_BYTES / 16);
 #pragma unroll
       for (int k = 0; k < ROW_PAIRS; k++) {
         const u32 last_chunk = ring.row(unit.row + odd + 2 * k) + 16 * (CHUNKS - 1);
         multiply(d, tail + k * (STEP_BYTES / 16), descriptor(last_chunk, PITCH, 128, SWIZZLE_NONE), 1);
       }
-      // The row without a partner: its last two chunks, the former with zero weights.
-      const u32 last_chunks = ring.row(unit.row + alone) + 16 * (CHUNKS - 2);
-      multiply(d, tail + ROW_PAIRS * (STEP_BYTES / 16), descriptor(last_chunks, 16, 128, SWIZZLE_NONE), 1);
+      if (INPUT_ROWS % 2) {  // the row without a partner: its last two chunks, the former with zero weights
+        const u32 last_chunks = ring.row(unit.row + alone) + 16 * (CHUNKS - 2);
+        multiply(d, tail + ROW_PAIRS * (STEP_BYTES / 16), descriptor(last_chunks, 16, 128, SWIZZLE_NONE), 1);
+      }
     }
     wgmma_commit();
     if (lane == 0) barrier_arrive(turn);
-    const int image = unit.column / strips, y = unit.y, x0 = unit.column % strips * STRIP;
-    const int read = unit.row + KERNEL;
-    unit.advance(out_height);
-    unit.advance(out_height);
+    const int image = unit.column / strips, y = UNIT_ROWS * unit.y, x0 = unit.column % strips * STRIP;
+    const int read = unit.row + INPUT_ROWS;
+    unit.advance(unit_rows);
+    unit.advance(unit_rows);
     if (lane == 0) store_wait_read<0>();  // the unit before has left the staging memory
     wgmma_wait<0>();
     const int keep = j + 2 < count ? min(read, unit.row) : read;
@@ -293,17 +342,19 @@ extern "C" __global__ void __launch_bounds__(384, 1) first_conv(
       for (int i = released; i < keep; i++) ring.arrive_empty(i);
     released = keep;
     named_barrier(1 + warpgroup, 128);
-    const int remaining = out_width - x0 - lane % 4 * 4 - parity;
-    if (x0 + STRIP <= out_width) write_unit<true>(d, added, activation, to, statistics, remaining);
+    const int end = UNIT_ROWS == 1 || y + part < out_height ? out_width : 0;  // of the row
+    const int remaining = end - x0 - lane % 4 * 2 * ADJACENT - part * (ADJACENT - 1);
+    if (x0 + STRIP <= end) write_unit<true>(d, added, activation, to, statistics, remaining);
     else write_unit<false>(d, added, activation, to, statistics, remaining);
     async_fence();
     named_barrier(1 + warpgroup, 128);
     if (lane == 0) {
 #pragma unroll
-      for (int i = 0; i < BOXES; i += 4) {
-        const int box = i + warp % 4, at = x0 + box * BOX;
-        if (box < BOXES && at < out_width)
-          tensor_store(out, group * GROUP, y, at, image, stage + box * BOX * 64);
+      for (int i = 0; i < UNIT_ROWS * BOXES; i += 4) {
+        const int box = i + warp % 4, second = UNIT_ROWS == 2 && box >= BOXES;  // the second output row
+        const int at = x0 + (box - second * BOXES) * BOX;
+        if (box < UNIT_ROWS * BOXES && at < out_width && (!second || y + 1 < out_height))
+          tensor_store(out, group * GROUP, y + second, at, image, stage + box * BOX * OUT_BYTES);
       }
       store_commit();
     }

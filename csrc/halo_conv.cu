@@ -21,16 +21,15 @@
 //    is this form with zeros around the source, and with weights of another packing.
 //
 // Constants: DTYPE, PARAMETER, CHANNELS (in), OUT_CHANNELS, KERNEL_H, KERNEL_W, STRIDE (1, 2), SUBPIXEL, PAD (0 none,
-// 1 zeros, 2 reflect, 3 replicate; of the source when SUBPIXEL), SLOT_CHANNELS (16, 32), SLOTS, STREAMED, TRANSFORM (0
-// where the input is finished), ACTIVATION (of activation.cuh: one of its first few), STATISTICS, BIAS,
+// 1 zeros, 2 reflect, 3 replicate; of the source when SUBPIXEL), SLOT_CHANNELS (16, 32; of float32 8, 16), SLOTS,
+// STREAMED, TRANSFORM (0 where the input is finished), ACTIVATION (of activation.cuh: one of its first few), STATISTICS, BIAS,
 // OUTPUT_ACTIVATION.
 #define MMA_N 256
-#define WIDE_STRIDE (STRIDE == 2 && SLOT_CHANNELS == 32)  // needs more registers to prepare its slots
+#define WIDE_STRIDE (STRIDE == 2 && PIXEL_BYTES == 64)  // needs more registers to prepare its slots
 #include "activation.cuh"
 #include "channel_sums.cuh"
 #include "halo_tile.cuh"
-#include "hopper.cuh"
-#include "norm.cuh"
+#include "operand_chunk.cuh"
 
 extern "C" __global__ void __launch_bounds__(384, 1)
     halo_conv(const __grid_constant__ TensorMap map, const __grid_constant__ OutMaps out_maps,
@@ -123,8 +122,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   };
   const Norm norm = {mean,         variance,      norm_weight, norm_bias, eps,
                      image_stride, weight_stride, bias_stride};
-  // Of one thread: the first copies. The copy engine works in order: slots and weights alternate, or the first tile would
-  // wait for all weights.
+  // Of one thread: the first copies. The copy engine works in order: slots and weights alternate, or the first tile
+  // would wait for all weights.
   auto fetch_first = [&]() {
     prefetch(map);
     if (!STREAMED) fetch_weights(0);
@@ -174,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #pragma unroll 1
       for (int use = 0; use < total; use++) {
         const Tile tile = tile_at(use / DEPTH);
-        const int channel = use % DEPTH * SLOT_CHANNELS + chunk * 8;
+        const int channel = use % DEPTH * SLOT_CHANNELS + chunk * CHUNK_CHANNELS;
         const int y0 = tile.y * STRIDE + origin_y, x0 = tile.x * STRIDE + origin_x;
         const u32 slot = slot_of(use);
         if (tile.image != image) {
@@ -190,18 +189,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
           const int next = tile_at(min(use / DEPTH + 1, tiles - 1)).image;
           if (next != image) coming = affine_of(next, thread);
         }
-        Affine affine[8];
+        Affine affine[CHUNK_CHANNELS];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < CHUNK_CHANNELS / 2; i++) {
           const uint4 two = load_shared(affines + channel * 8 + i * 16);
           affine[2 * i] = {__uint_as_float(two.x), __uint_as_float(two.y)};
           affine[2 * i + 1] = {__uint_as_float(two.z), __uint_as_float(two.w)};
         }
-        auto apply = [&](u32 pair, int i) {
-          const float a = affine[2 * i](low(pair)), b = affine[2 * i + 1](high(pair));
-          if (ACTIVATION == RECTIFIED) return pack_relu(a, b);
-          return pack<DTYPE>(activate<ACTIVATION>(a, activation), activate<ACTIVATION>(b, activation));
-        };
         barrier_wait(raw + 8 * (use % SLOTS), use / SLOTS & 1);
 #pragma unroll
         for (int plane = 0; plane < PLANES; plane++) {
@@ -216,9 +210,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #pragma unroll
             for (int i = begin; i < begin + BATCH && i < UNITS; i++)
               if ((i + 1) * 128 <= PLANE_PIXELS * CHUNKS || thread + i * 128 < PLANE_PIXELS * CHUNKS)
-                store_shared(slot + offset + i * 2048,
-                             make_uint4(apply(v[i - begin].x, 0), apply(v[i - begin].y, 1), apply(v[i - begin].z, 2),
-                                        apply(v[i - begin].w, 3)));
+                store_shared(slot + offset + i * 2048, finished_chunk<ACTIVATION>(v[i - begin], affine, activation));
           }
         }
         if (at_border(y0, x0)) {
@@ -233,7 +225,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     if (!STREAMED && thread == 0)  // no exit with a copy under way
       for (int i = 0; i < DEPTH; i++) barrier_wait(weights_full + 8 * i, 0);
   } else {                  // two warpgroups that multiply, a tile each in turn
-    take_registers<WIDE_STRIDE ? 176 : 192>();  // 128 x 120 + 256 x 192 (or 152, 176) is what 384 threads are launched with
+    // 128 x 120 + 256 x 192, or 152 and 176, is what 384 threads are launched with.
+    take_registers<WIDE_STRIDE ? 176 : 192>();
     float d[MMA_N / 2];
     // A lane's two rows of the product are output channels channel and channel + 8.
     const int row = row_block * 64 + warp * 16, phase = row / PHASE_ROWS, channel0 = row % PHASE_ROWS;
@@ -268,8 +261,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       // Whoever adds the last tile of an image turns the totals of the channels that share a row block into statistics.
       constexpr int kGroups = PHASE_ROWS < 64 ? 1 : PHASE_ROWS / 64;
       const int together = row_block % kGroups, own = together * 64 + thread;
-      if (completes(workspace->count(channels, before + together), counted(-1), ROW_BLOCKS / kGroups * tiles_per_image, thread,
-                    128, 2 + group) &&
+      const u32 whole = ROW_BLOCKS / kGroups * tiles_per_image;
+      if (completes(workspace->count(channels, before + together), counted(-1), whole, thread, 128, 2 + group) &&
           thread < 64 && own < OUT_CHANNELS) {
         load_total(workspace, channels, before + own, out_mean[before + own], out_variance[before + own]);
         clear_total(workspace, channels, before + own);
@@ -325,9 +318,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       // Two neighbouring accumulators, of one channel, as they are written.
       auto finished = [&](int i) {
         const float bias_i = add[i >> 1 & 1], a = BIAS ? d[i] + bias_i : d[i], b = BIAS ? d[i + 1] + bias_i : d[i + 1];
-        if (OUTPUT_ACTIVATION == RECTIFIED) return pack_relu(a, b);
-        return pack<DTYPE>(activate_and_scale<OUTPUT_ACTIVATION>(a, output_activation),
-                           activate_and_scale<OUTPUT_ACTIVATION>(b, output_activation));
+        if (OUTPUT_ACTIVATION == RECTIFIED) return rounded_relu(a, b);
+        return rounded(activate_and_scale<OUTPUT_ACTIVATION>(a, output_activation),
+                       activate_and_scale<OUTPUT_ACTIVATION>(b, output_activation));
       };
       if (STATISTICS && tile.image != image) {
         flush();
@@ -336,16 +329,16 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         const bool next_x = SHARED_X && tile.x == 0, next_y = SHARED_Y && tile.y == 0;
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-          const u32 pair = __shfl_sync(~0u, next_x ? finished(4 + 2 * k) : finished(2 * k), lane & ~3);
-          statistics.sums[k].start(next_y ? high(pair) : low(pair));
+          const Pair pair = next_x ? finished(4 + 2 * k) : finished(2 * k);
+          statistics.sums[k].start(__shfl_sync(~0u, next_y ? high(pair) : low(pair), lane & ~3));
         }
       }
       counted(1);
       if (tile.y >= SHARED_Y && tile.x >= SHARED_X && (tile.y + TILE_H) * ZOOM <= out_height &&
           (tile.x + TILE_W) * ZOOM <= out_width) {
-        // A lane's address for the store of four 8x8 matrices: channels 0 to 7 and 8 to 15 of two columns of pixels.
-        const int matrix = lane >> 3, line = lane & 7, block_phase = warp * 16 / PHASE_CHANNELS;
-        const int chunk = warp * 16 % PHASE_CHANNELS / 8 + (matrix & 1);
+        // The block of the stage that has this warp's channels, and the first of their chunks.
+        const int block = warp * 16 / STORED_CHANNELS * (STAGE_BYTES / STORES);
+        const int chunk = warp * 16 % STORED_CHANNELS / CHUNK_CHANNELS;
 #pragma unroll
         for (int round = 0; round < TILE_W / ROUND; round++) {
           const u32 stage = stages + (group * 2 + round % 2) * STAGE_BYTES;
@@ -353,29 +346,24 @@ extern "C" __global__ void __launch_bounds__(384, 1)
           named_barrier(2 + group, 128);
 #pragma unroll
           for (int g = 0; g < ROUND; g += 2) {
-            u32 pairs[4];
+            Pair pairs[4];
 #pragma unroll
             for (int k = 0; k < 4; k++) {
               pairs[k] = finished(4 * (round * ROUND + g + k / 2) + 2 * (k % 2));
               if (STATISTICS) statistics.sums[k % 2].add(low(pairs[k])), statistics.sums[k % 2].add(high(pairs[k]));
             }
-            const int pixel = (g + (matrix >> 1)) * 8 + line;
-            const int swizzle = PHASE_CHANNELS == 64   ? pixel & 7
-                                : PHASE_CHANNELS == 32 ? pixel >> 1 & 3
-                                                       : pixel >> 2 & 1;
-            store_transposed(stage + block_phase * (STAGE_BYTES / BLOCK_PHASES) + pixel * PHASE_CHANNELS * 2 +
-                                 ((chunk ^ swizzle) << 4),
-                             pairs[0], pairs[1], pairs[2], pairs[3]);
+            stage_pairs(stage + block, pairs, g, chunk, lane);
           }
           async_fence();
           named_barrier(2 + group, 128);
           if (thread == 0) {
 #pragma unroll
-            for (int i = 0; i < BLOCK_PHASES; i++) {
-              const int p = (parity + i) >> 1, q = (parity + i) & 1;
-              tensor_store(out_maps.phase[SUBPIXEL ? parity + i : 0], row_block * 64 % PHASE_ROWS,
-                           tile.y - SHARED_Y * p, tile.x + round * ROUND - SHARED_X * q, tile.image,
-                           stage + i * (STAGE_BYTES / BLOCK_PHASES));
+            for (int i = 0; i < STORES; i++) {
+              const int which = SUBPIXEL ? parity + i * STORED_CHANNELS / PHASE_ROWS : 0, p = which >> 1, q = which & 1;
+              const int to = (row_block * 64 + i * STORED_CHANNELS) % PHASE_ROWS;
+              if (STORES == BLOCK_PHASES || to < OUT_CHANNELS)
+                tensor_store(out_maps.phase[which], to, tile.y - SHARED_Y * p, tile.x + round * ROUND - SHARED_X * q,
+                             tile.image, stage + i * (STAGE_BYTES / STORES));
             }
             store_commit();
           }
@@ -385,9 +373,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         // No warp may run ahead to the next tile's barriers, whose phases it could mistake.
         named_barrier(2 + group, 128);
         const int quad = lane & 3, line = lane >> 2, out_y = tile.y * ZOOM + shift_y, out_x = tile.x * ZOOM + shift_x;
-        element* to = out + (((i64)tile.image * out_height + out_y + line * ZOOM) * out_width + out_x) * OUT_CHANNELS +
-                      channel0 + quad * 2;
-        const bool stored = (u32)(out_y + line * ZOOM) < (u32)out_height;
+        // Of 16 bits a pixel's channels are brought together first; of 32 eight lanes have a whole sector of them.
+        const int first_line = DTYPE == 0 ? 2 * quad : line, first_channel = DTYPE == 0 ? line : 2 * quad;
+        element* to = out + channel0 + first_channel +
+                      (((i64)tile.image * out_height + out_y + first_line * ZOOM) * out_width + out_x) * OUT_CHANNELS;
         const bool counts0 = (u32)(out_y + 2 * quad * ZOOM) < (u32)out_height,
                    counts1 = (u32)(out_y + (2 * quad + 1) * ZOOM) < (u32)out_height;
 #pragma unroll
@@ -395,12 +384,19 @@ extern "C" __global__ void __launch_bounds__(384, 1)
           const bool inside = (u32)(out_x + g * ZOOM) < (u32)out_width;
 #pragma unroll
           for (int k = 0; k < 2; k++) {
-            const u32 pair = finished(4 * g + 2 * k);
+            const Pair pair = finished(4 * g + 2 * k);
             if (STATISTICS)
               statistics.sums[k].add(low(pair), inside && counts0),
                   statistics.sums[k].add(high(pair), inside && counts1);
+#if DTYPE == 0
+            const bool counts = inside && channel0 + 8 * k < OUT_CHANNELS;
+            if (counts && counts0) to[8 * k] = low(pair);
+            if (counts && counts1) to[8 * k + ZOOM * out_width * OUT_CHANNELS] = high(pair);
+#else
+            const bool stored = (u32)(out_y + line * ZOOM) < (u32)out_height;
             const u32 two = transpose_8x8(pair);
             if (stored && inside && channel0 + 8 * k < OUT_CHANNELS) *reinterpret_cast<u32*>(to + 8 * k) = two;
+#endif
           }
           if (inside) statistics.count += (counts0 ? 1 : 0) + (counts1 ? 1 : 0);
         }

@@ -1,7 +1,7 @@
 // Instructions of compute capability 9.0 that the fused convolutions are made of (PTX ISA 8.0 and later):
 // warpgroup products (wgmma), shared-memory barriers (mbarrier), bulk and tensor copies (TMA). sm_90a only.
 //
-// MMA_N, the number of columns of a product, is defined by the including file: 128, 184, 200, 240 or 256.
+// MMA_N, the columns of a product, is defined by the including file: 96, 128, 136, 184, 192, 200, 240 or 256.
 #pragma once
 #include "dependent_launch.cuh"
 #include "elements.cuh"
@@ -31,25 +31,36 @@ template <int kPending> DEVICE void wgmma_wait() {
 }
 
 #define S8(a, b, c, d, e, f, g, h) "%" #a ",%" #b ",%" #c ",%" #d ",%" #e ",%" #f ",%" #g ",%" #h
-#define REGISTERS_64                                                                                          \
+#define REGISTERS_48                                                                                          \
   S8(0, 1, 2, 3, 4, 5, 6, 7) "," S8(8, 9, 10, 11, 12, 13, 14, 15) "," S8(16, 17, 18, 19, 20, 21, 22, 23) ","  \
   S8(24, 25, 26, 27, 28, 29, 30, 31) "," S8(32, 33, 34, 35, 36, 37, 38, 39) ","                               \
-  S8(40, 41, 42, 43, 44, 45, 46, 47) "," S8(48, 49, 50, 51, 52, 53, 54, 55) ","                               \
-  S8(56, 57, 58, 59, 60, 61, 62, 63)
+  S8(40, 41, 42, 43, 44, 45, 46, 47)
+#define REGISTERS_64 REGISTERS_48 "," S8(48, 49, 50, 51, 52, 53, 54, 55) "," S8(56, 57, 58, 59, 60, 61, 62, 63)
+#define REGISTERS_68 REGISTERS_64 ",%64,%65,%66,%67"
 #define REGISTERS_88                                                                      \
   REGISTERS_64 "," S8(64, 65, 66, 67, 68, 69, 70, 71) "," S8(72, 73, 74, 75, 76, 77, 78, 79) "," \
   S8(80, 81, 82, 83, 84, 85, 86, 87)
 #define REGISTERS_92 REGISTERS_88 ",%88,%89,%90,%91"
 #define REGISTERS_96 REGISTERS_92 ",%92,%93,%94,%95"
 #define REGISTERS_100 REGISTERS_96 ",%96,%97,%98,%99"
-#define REGISTERS_120 \
-  REGISTERS_100 "," S8(100, 101, 102, 103, 104, 105, 106, 107) "," S8(108, 109, 110, 111, 112, 113, 114, 115) ",%116,%117,%118,%119"
+#define REGISTERS_120                                               \
+  REGISTERS_100 "," S8(100, 101, 102, 103, 104, 105, 106, 107) ","  \
+  S8(108, 109, 110, 111, 112, 113, 114, 115) ",%116,%117,%118,%119"
 #define REGISTERS_128 REGISTERS_120 "," S8(120, 121, 122, 123, 124, 125, 126, 127)
 #define F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define F8(d, i) F4(d, i), F4(d, i + 4)
 #define F32(d, i) F8(d, i), F8(d, i + 8), F8(d, i + 16), F8(d, i + 24)
 
-#if MMA_N == 128
+#if MMA_N == 96
+#define MMA_REGISTERS REGISTERS_48
+#define MMA_ACCUMULATORS(d) F32(d, 0), F8(d, 32), F8(d, 40)
+#define O0 "%48"
+#define O1 "%49"
+#define O2 "%50"
+#define O3 "%51"
+#define O4 "%52"
+#define O5 "%53"
+#elif MMA_N == 128
 #define MMA_REGISTERS REGISTERS_64
 #define MMA_ACCUMULATORS(d) F32(d, 0), F32(d, 32)
 #define O0 "%64"
@@ -58,6 +69,15 @@ template <int kPending> DEVICE void wgmma_wait() {
 #define O3 "%67"
 #define O4 "%68"
 #define O5 "%69"
+#elif MMA_N == 136
+#define MMA_REGISTERS REGISTERS_68
+#define MMA_ACCUMULATORS(d) F32(d, 0), F32(d, 32), F4(d, 64)
+#define O0 "%68"
+#define O1 "%69"
+#define O2 "%70"
+#define O3 "%71"
+#define O4 "%72"
+#define O5 "%73"
 #elif MMA_N == 184
 #define MMA_REGISTERS REGISTERS_92
 #define MMA_ACCUMULATORS(d) F32(d, 0), F32(d, 32), F8(d, 64), F8(d, 72), F8(d, 80), F4(d, 88)
@@ -67,6 +87,15 @@ template <int kPending> DEVICE void wgmma_wait() {
 #define O3 "%95"
 #define O4 "%96"
 #define O5 "%97"
+#elif MMA_N == 192
+#define MMA_REGISTERS REGISTERS_96
+#define MMA_ACCUMULATORS(d) F32(d, 0), F32(d, 32), F32(d, 64)
+#define O0 "%96"
+#define O1 "%97"
+#define O2 "%98"
+#define O3 "%99"
+#define O4 "%100"
+#define O5 "%101"
 #elif MMA_N == 200
 #define MMA_REGISTERS REGISTERS_100
 #define MMA_ACCUMULATORS(d) F32(d, 0), F32(d, 32), F32(d, 64), F4(d, 96)
@@ -98,25 +127,34 @@ template <int kPending> DEVICE void wgmma_wait() {
 
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
-#if DTYPE == 1
-#define MMA_TYPES "f32.f16.f16"
+// A product is 32 bytes deep: 16 elements of 16 bits, or 8 of float32, of which it takes TF32's 19 bits.
+#if DTYPE == 0
+#define MMA_TYPES "k8.f32.tf32.tf32"
+#define MMA_MAJORS ""  // both operands are K-major: 16-bit types could be otherwise
+#define MMA_MAJOR ""
+#elif DTYPE == 1
+#define MMA_TYPES "k16.f32.f16.f16"
 #else
-#define MMA_TYPES "f32.bf16.bf16"
+#define MMA_TYPES "k16.f32.bf16.bf16"
 #endif
-#define WGMMA "wgmma.mma_async.sync.aligned.m64n" TEXT(MMA_N) "k16." MMA_TYPES " {" MMA_REGISTERS "}, "
+#if DTYPE != 0
+#define MMA_MAJORS ", 0, 0"
+#define MMA_MAJOR ", 0"
+#endif
+#define WGMMA "wgmma.mma_async.sync.aligned.m64n" TEXT(MMA_N) MMA_TYPES " {" MMA_REGISTERS "}, "
 
-// d[64 x MMA_N] = a[64 x 16] * b[MMA_N x 16]^T (+ d if `accumulate`), both operands in shared memory. Row r
+// d[64 x MMA_N] = a[64 x k] * b[MMA_N x k]^T (+ d if `accumulate`), both operands in shared memory, k 16 or 8. Row r
 // of a warpgroup's warp w is 16 w + r; a lane holds rows lane/4 and lane/4 + 8 and, of every 8 columns g, the
 // columns 2 (lane%4) and the next: d[4g], d[4g+1] of the first row, d[4g+2], d[4g+3] of the second.
 DEVICE void multiply(float (&d)[MMA_N / 2], u64 a, u64 b, int accumulate) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " O2 ", 0;\n" WGMMA O0 ", " O1 ", p, 1, 1, 0, 0;\n}"
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " O2 ", 0;\n" WGMMA O0 ", " O1 ", p, 1, 1" MMA_MAJORS ";\n}"
                : MMA_ACCUMULATORS(d)
                : "l"(a), "l"(b), "r"(accumulate));
 }
-// The same with the 64 x 16 operand in registers (the A fragment of the PTX ISA, four words a thread).
+// The same with the 64 x k operand in registers (the A fragment of the PTX ISA, four words a thread).
 DEVICE void multiply(float (&d)[MMA_N / 2], const uint4& a, u64 b, int accumulate) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " O5 ", 0;\n" WGMMA "{" O0 "," O1 "," O2 "," O3 "}, " O4
-               ", p, 1, 1, 0;\n}"
+               ", p, 1, 1" MMA_MAJOR ";\n}"
                : MMA_ACCUMULATORS(d)
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(accumulate));
 }
@@ -204,10 +242,15 @@ DEVICE void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "mem
 template <int kPending> DEVICE void store_wait_read() {  // until shared memory may be written again
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
-template <int kPending> DEVICE void store_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory"); }
+template <int kPending> DEVICE void store_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
 DEVICE uint4 load_shared(u32 address) {
   uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
   return v;
 }
 DEVICE u32 load_shared_word(u32 address) {
@@ -225,14 +268,33 @@ DEVICE void store_shared(u32 address, float first, float second) {
   asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(first), "f"(second) : "memory");
 }
 DEVICE void store_shared(u32 address, uint4 v) {
-  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
 }
 
-// ---- pairs of 16-bit elements ------------------------------------------------------------------------
-// Rounded to a pair, negative numbers to 0; NaN stays NaN.
-DEVICE u32 pack_relu(float first, float second) {
+// ---- results and operands ----------------------------------------------------------------------------
+// Two neighbouring results as they are stored: rounded to two 16-bit elements in a word, or two of float32.
+#if DTYPE == 0
+typedef float2 Pair;
+DEVICE Pair rounded(float first, float second) { return make_float2(first, second); }
+DEVICE Pair rounded_relu(float first, float second) { return {clamp_below(first, 0.f), clamp_below(second, 0.f)}; }
+DEVICE float low(Pair pair) { return pair.x; }
+DEVICE float high(Pair pair) { return pair.y; }
+#else
+typedef u32 Pair;
+DEVICE Pair rounded(float first, float second) { return pack<DTYPE>(first, second); }
+// Negative numbers become 0; NaN stays NaN.
+DEVICE Pair rounded_relu(float first, float second) {
   u32 bits;
   if (DTYPE == 1) asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
   else asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
+#endif
+
+// x rounded to the nearest number of TF32: a product alone would cut its last 13 bits off.
+DEVICE u32 round_to_tf32(float x) {
+  u32 bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
   return bits;
 }

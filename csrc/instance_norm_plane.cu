@@ -30,7 +30,8 @@ extern "C" __global__ void __launch_bounds__(512, 1) instance_norm_plane(
     const parameter* weight, const parameter* bias, i64 weight_stride, i64 bias_stride,
     float eps, Activation activation, int channels,    int pixels) {
   const i64 plane = (i64)blockIdx.x * pixels;
-  const int image = blockIdx.x / (u32)channels, channel = blockIdx.x % channels, stride = blockDim.x * VECTOR, first = threadIdx.x * VECTOR;
+  const int image = blockIdx.x / (u32)channels, channel = blockIdx.x % channels;
+  const int stride = blockDim.x * VECTOR, first = threadIdx.x * VECTOR;
   const element* from = x + plane;
   const float base = to_float<DTYPE>(from[0]);
   Vector<VECTOR> held[HELD];

@@ -19,16 +19,17 @@
 //    swizzled operand has them.
 //  * Two warpgroups take the units in turns: one multiplies while the other adds the planes and stores.
 //
-// Constants: DTYPE, PARAMETER, CHANNELS (8, 16, 32, 64), OUT_CHANNELS, KERNEL, ACTIVATION and OUTPUT_ACTIVATION (of
-// activation.cuh; of the former its first few, of the latter FLOOR for a ReLU or none), MMA_N, SLOTS (rows of
-// the ring, more than KERNEL), PITCH (floats from plane to plane in shared memory, 8 or 24 modulo 32), HELD
-// (weights in registers; else in shared memory).
-#include "activation.cuh"
-#include "hopper.cuh"
-#include "norm.cuh"
+// Float32 pictures are multiplied in TF32, rounded to it when they are normalised.
+//
+// Constants: DTYPE, PARAMETER, CHANNELS (8, 16, 32; of 16 bits also 64), OUT_CHANNELS, KERNEL, ACTIVATION and
+// OUTPUT_ACTIVATION (of activation.cuh; of the former its first few, of the latter FLOOR for a ReLU or none), MMA_N,
+// SLOTS (rows of the ring, more than KERNEL), PITCH (floats from plane to plane in shared memory, 8 or 24 modulo
+// 32), HELD (products, the first of a unit, whose weights are in registers; those of the others are in shared
+// memory).
+#include "operand_chunk.cuh"
 
 #define PIXELS (CHANNELS < 32 ? 2 : 1)  // of a column
-#define PIXEL_BYTES (CHANNELS * 2)
+#define PIXEL_BYTES (CHANNELS * (int)sizeof(element))
 #define COLUMN_BYTES (PIXELS * PIXEL_BYTES)
 #define CHUNKS (COLUMN_BYTES / 16)  // 16-byte chunks of a column
 #define ROW_PIXELS (MMA_N * PIXELS)
@@ -37,17 +38,18 @@
 #define SHIFT ((KERNEL - 1) / PIXELS)   // columns from an output's first to its last
 #define STRIP ((MMA_N - SHIFT) * PIXELS)  // outputs in a row of a unit
 #define PLANES ((KERNEL + PIXELS - 1) * OUT_CHANNELS)
-#define ROW_STEPS (COLUMN_BYTES / 32)  // products, 16 deep, of an input row
+#define ROW_STEPS (COLUMN_BYTES / 32)  // products, 32 bytes deep, of an input row
 #define STEPS (ROWS * ROW_STEPS)
 #define HALF (MMA_N / 16 * 8)  // columns of outputs that are added first; the rest of the strip comes second
-#define WEIGHT_BYTES (HELD ? 0 : STEPS * 2048)
+#define WEIGHT_BYTES ((STEPS - HELD) * 2048)
 #define PLANES_BYTES (2 * PLANES * PITCH * 4)
 #define SWIZZLE (COLUMN_BYTES == 128 ? SWIZZLE_128 : COLUMN_BYTES == 64 ? SWIZZLE_64 : SWIZZLE_32)
 #define NORMALIZING 96  // threads
 // Of a thread that multiplies; the third warpgroup has the rest of the 3 x 168 that a block is launched with.
-#define MULTIPLYING_REGISTERS (HELD && 4 * STEPS + MMA_N / 2 > 160 ? 216 : 200)
-#define BATCH 5  // chunks of a thread on their way at once
+#define MULTIPLYING_REGISTERS (4 * HELD + MMA_N / 2 > 160 ? 216 : 200)
+#define BATCH (DTYPE == 0 ? 6 : 5)  // chunks of a thread on their way at once
 
+static_assert(COLUMN_BYTES <= 128 && HELD <= STEPS, "does not fit");
 static_assert(PLANES <= 32 && SLOTS > KERNEL && PITCH >= HALF + 8 && PITCH >= MMA_N - HALF, "does not fit");
 
 DEVICE float load_float(u32 address) {
@@ -158,21 +160,16 @@ DEVICE void normalize(const Shared& shared, const Geometry& g, const Norm& norm,
                       int begin, int end, int thread) {
   constexpr int kStep = NORMALIZING * 16, kUnits = (ROW_BYTES + kStep - 1) / kStep;
   static_assert(kStep / 128 % 4 == 0, "a thread's chunks differ in their swizzle by an XOR with 4 or 0");
-  const int channel = thread % (CHANNELS / 8) * 8, mine = thread * 16;
+  const int channel = thread % (CHANNELS / CHUNK_CHANNELS) * CHUNK_CHANNELS, mine = thread * 16;
   const int to = mine ^ ((mine / 128 % CHUNKS) * 16);
   Cursor at = {0, 0};
   for (int unit = begin; unit < end;) {
     const Band band(g, unit, end);
     unit += band.units;
     const bool beyond = g.pad == 1 && (band.x < 0 || band.x + band.pixels > g.width);
-    Affine affine[8];
+    Affine affine[CHUNK_CHANNELS];
 #pragma unroll
-    for (int i = 0; i < 8; i++) affine[i] = norm.at(band.image, channel + i);
-    auto apply = [&](u32 pair, int i) {
-      const float a = affine[2 * i](low(pair)), b = affine[2 * i + 1](high(pair));
-      if (ACTIVATION == RECTIFIED) return pack_relu(a, b);
-      return pack<DTYPE>(activate<ACTIVATION>(a, activation), activate<ACTIVATION>(b, activation));
-    };
+    for (int i = 0; i < CHUNK_CHANNELS; i++) affine[i] = norm.at(band.image, channel + i);
 #pragma unroll 1
     for (int i = 0; i < band.rows; i++) {
       const u32 slot = shared.ring + at.slot * ROW_BYTES;
@@ -188,11 +185,7 @@ DEVICE void normalize(const Shared& shared, const Geometry& g, const Norm& norm,
         __syncwarp();
 #pragma unroll
         for (int j = j0; j < j0 + BATCH && j < kUnits; j++)
-          if (has(j)) {
-            const uint4 in = v[j - j0];
-            const uint4 z = make_uint4(apply(in.x, 0), apply(in.y, 1), apply(in.z, 2), apply(in.w, 3));
-            store_shared(target(j), z);
-          }
+          if (has(j)) store_shared(target(j), finished_chunk<ACTIVATION>(v[j - j0], affine, activation));
       }
       const bool zeros = (u32)g.source_row(band.y + i) >= (u32)g.height;
       if (zeros || beyond) {
@@ -222,13 +215,10 @@ DEVICE void multiply_and_add(const Shared& shared, const Geometry& g, const uint
                              const element* bias, const Activation& activation, const Picture& picture, int begin,
                              int end, int group, int thread) {
   const int lane = thread & 31, warp = thread >> 5;
-  uint4 held[HELD ? STEPS : 1];
-  if (HELD) {  // packed weights are finished long before this launch
+  uint4 held[HELD ? HELD : 1];
 #pragma unroll
-    for (int i = 0; i < (HELD ? STEPS : 1); i++) held[i] = __ldg(weights + i * 128 + thread);
-  } else {
-    barrier_wait(shared.weights_full, 0);
-  }
+  for (int i = 0; i < HELD; i++) held[i] = __ldg(weights + i * 128 + thread);  // packed long before this launch
+  if (HELD < STEPS) barrier_wait(shared.weights_full, 0);
   wait_for_previous();
   float added[OUT_CHANNELS];
 #pragma unroll
@@ -269,8 +259,8 @@ DEVICE void multiply_and_add(const Shared& shared, const Geometry& g, const uint
 #pragma unroll
       for (int k = 0; k < ROW_STEPS; k++) {
         const int step = r * ROW_STEPS + k;
-        const u64 weight = descriptor(shared.weights, 1024, 128, SWIZZLE_NONE) + step * 128;
-        if constexpr (HELD) multiply(d, held[step], input + 2 * k, step > 0);
+        const u64 weight = descriptor(shared.weights, 1024, 128, SWIZZLE_NONE) + (step - HELD) * 128;
+        if (step < HELD) multiply(d, held[step], input + 2 * k, step > 0);
         else multiply(d, weight, input + 2 * k, step > 0);
       }
       at.next();
@@ -357,9 +347,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) last_conv(
   if (group == 2) {
     give_registers_back<504 - 2 * MULTIPLYING_REGISTERS>();
     if (thread >= NORMALIZING) {
-      if (!HELD && thread == NORMALIZING) {
+      if (HELD < STEPS && thread == NORMALIZING) {
         barrier_expect(shared.weights_full, WEIGHT_BYTES);
-        bulk_copy(shared.weights, weights, WEIGHT_BYTES, shared.weights_full);
+        bulk_copy(shared.weights, weights + HELD * 128, WEIGHT_BYTES, shared.weights_full);
       }
       wait_for_previous();
       fetch(shared, g, x, begin, end, thread & 31);

@@ -28,8 +28,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     mma_conv(const element* __restrict__ x, const element* __restrict__ residual,
              const unsigned char* __restrict__ weights, const float* mean, const float* variance,
              const parameter* norm_weight, const parameter* norm_bias, float eps, i64 image_stride, i64 weight_stride,
-             i64 bias_stride, element* kept,
-             element* out, const element* bias, SumsWorkspace* workspace, float* out_mean, float* out_variance,
+             i64 bias_stride, element* kept, element* out, const element* bias, SumsWorkspace* workspace,
+             float* out_mean, float* out_variance,
              i64 residual_channel, i64 residual_pixel, double per_pixel, int images, int height, int width,
              int out_height, int out_width, int top, int left, int padded_height, int padded_width, int tiles_x,
              int tiles_per_image) {

@@ -90,7 +90,7 @@ template <bool kRelu, bool kResidual>
 DEVICE u32 finished(u32 pair, const Affine& first, const Affine& second, u32 more) {
   const float a = first(low(pair)), b = second(high(pair));
   if (kResidual) return pack<DTYPE>(a + low(more), b + high(more));
-  return kRelu ? pack_relu(a, b) : pack<DTYPE>(a, b);
+  return kRelu ? rounded_relu(a, b) : pack<DTYPE>(a, b);
 }
 template <bool kRelu, bool kResidual> DEVICE uint4 finished(uint4 v, const Affine (&affine)[8], uint4 more) {
   return make_uint4(finished<kRelu, kResidual>(v.x, affine[0], affine[1], more.x),

@@ -1,4 +1,4 @@
-"""csrc/mma_conv.cu on the CPU: compiled by g++ with stand-ins for its instructions, run thread by thread.
+"""Kernels on the CPU: compiled by g++ with stand-ins for their instructions, run thread by thread.
 
 ``emulation/`` has the stand-ins; everything else is the kernel's own source.
 """
@@ -23,7 +23,10 @@ from torch import Tensor
 from sf_compile.cuda.compiler import source_directory
 
 EMULATION = Path(__file__).parent / "emulation"
-_SOURCES = ("mma_conv.cu", "mma_tile.cuh", "mma_statistics.cuh", "norm.cuh", "source.cuh", "channel_sums.cuh")
+_SOURCES = (
+    "mma_conv.cu", "mma_tile.cuh", "mma_statistics.cuh", "norm.cuh", "source.cuh", "channel_sums.cuh",
+    "last_conv.cu", "operand_chunk.cuh", "activation.cuh",
+)  # fmt: skip
 _LAST_BLOCK = """
 DEVICE bool completes(u32* count, u32 share, u32 whole, int thread, int threads, int barrier) {
   static bool last;
@@ -38,7 +41,7 @@ DEVICE bool completes(u32* count, u32 share, u32 whole, int thread, int threads,
 """
 _MAIN = """
 extern "C" void launch(u32 grid, u32 threads, u32 bytes, const u64* values, u32 seed) {
-  emulator::launch(mma_conv, grid, threads, bytes, values, seed);
+  emulator::launch(KERNEL_NAME, grid, threads, bytes, values, seed);
 }
 """
 
@@ -52,7 +55,13 @@ def folder() -> Path:
         if name == "channel_sums.cuh":
             text = re.sub(r"DEVICE bool completes\(.*?\n}\n", _LAST_BLOCK, text, flags=re.DOTALL)
             text = re.sub(r"DEVICE void gpu_fence.*\n", "", text)
-        if name == "mma_conv.cu":
+        if name == "last_conv.cu":
+            text = re.sub(r"DEVICE float load_float\(.*?\n}\n", "", text, flags=re.DOTALL)
+        if name == "activation.cuh":
+            for name_in_asm, plain in (("min", "y > upper ? upper : y"), ("rcp", "1 / y")):
+                pattern = rf'  float out;\n  asm\("{name_in_asm}.*?return out;'
+                text = re.sub(pattern, f"  return {plain};", text, flags=re.DOTALL)
+        if name.endswith(".cu"):
             text = re.sub(r"^ *extern __shared__.*\n", "", text, flags=re.MULTILINE) + _MAIN
         assert "asm" not in text
         (made / name).write_text(text)
@@ -62,10 +71,11 @@ def folder() -> Path:
 
 
 @functools.cache
-def library(constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
-    """The kernel for these constants."""
+def library(source: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+    """The kernel of ``source`` for these constants."""
     defines = [f"-D{name}={value}" for name, value in constants]
-    name = hashlib.sha256(repr(constants).encode()).hexdigest()[:16] + ".so"
+    defines.append(f"-DKERNEL_NAME={source.removesuffix('.cu')}")
+    name = hashlib.sha256(repr((source, constants)).encode()).hexdigest()[:16] + ".so"
     command = [
         "g++",
         "-std=c++17",
@@ -76,7 +86,7 @@ def library(constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
         "-x",
         "c++",
         *defines,
-        "mma_conv.cu",
+        source,
         "-o",
         name,
     ]
@@ -87,17 +97,23 @@ def library(constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
 class EmulatedKernel:
     """Launches as ``sf_compile.cuda.launcher.Kernel`` does; ``seed`` is of the order in which warps run."""
 
-    def __init__(self, constants: dict[str, int], signature: str, seed: int = 1) -> None:
-        self._library = library(tuple(constants.items()))
+    def __init__(
+        self, constants: dict[str, int], signature: str, seed: int = 1, source: str = "mma_conv.cu"
+    ) -> None:
+        self._library = library(source, tuple(constants.items()))
         self._signature = signature
         self.seed = seed
 
     def launch(
-        self, grid: tuple[int, int, int], block: int, shared_bytes: int, arguments: Sequence[int | float]
+        self,
+        grid: tuple[int, int, int],
+        block: int,
+        shared_bytes: int,
+        arguments: Sequence[int | float | bytes],
     ) -> None:
         """Run all blocks, one after the other."""
         assert len(arguments) == len(self._signature) and grid[1:] == (1, 1)
-        formats = {"P": "Q", "q": "q", "i": "i4x", "f": "f4x", "d": "d"}
+        formats = {"P": "Q", "q": "q", "i": "i4x", "f": "f4x", "d": "d", "A": "16s"}
         packed = b"".join(
             struct.pack("<" + formats[letter], value)
             for letter, value in zip(self._signature, arguments, strict=True)

@@ -12,7 +12,7 @@ from cases import relative_error
 from torch import Tensor
 
 from sf_compile import ops
-from sf_compile.cuda import convolution, halo_conv
+from sf_compile.cuda import convolution, halo_conv, tf32
 from sf_compile.cuda.compiler import KernelKey, compile_kernel
 from sf_compile.ops import reference
 from sf_compile.ops.conv2d import Arguments
@@ -96,6 +96,7 @@ CASES = (
     (LARGE_SKIP._replace(activation="gelu"), (1, 20, 33), "GELU: in a pass before the kernel"),
 )
 BFLOAT16 = (PLAIN, SKIP, HALVING, DOUBLING)  # the others' dtype is float16, to compile less
+FLOAT32 = (*BFLOAT16, BARE, LARGE_SKIP, SMALL_DOUBLING, GENERAL, LEAKY, Layer(8, 24, (7, 7), (3, 2, 1, 3)))
 IDS = [f"{why} {'x'.join(map(str, size))}".replace(":", "").replace(" ", "-") for _, size, why in CASES]
 
 
@@ -173,17 +174,27 @@ def steps(a: Arguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return reference.activate_(out, a.output_activation), z
 
 
-def check_picture(ours: Tensor, eager: Tensor, exact: Tensor) -> None:
+def in_tf32(a: Arguments, z: Tensor) -> Tensor:
+    """The output for an exact finished input, its operands rounded to TF32 and nothing else."""
+    operands = convolution._finished(a, tf32.rounded(z.float()))._replace(weight=tf32.rounded(a.weight))
+    return steps(operands, torch.float64)[0]
+
+
+def unit(dtype: torch.dtype) -> float:
+    """The distance of 1 to the next larger number that an operand can be; of float32 in TF32."""
+    return 2.0**-10 if dtype == torch.float32 else torch.finfo(dtype).eps
+
+
+def check_picture(ours: Tensor, eager: Tensor, exact: Tensor, eps: float) -> None:
     """As close to float64 as eager is on the whole, and no single pixel far off."""
-    eps = torch.finfo(ours.dtype).eps
-    assert ours.shape == exact.shape and ours.dtype == eager.dtype
+    assert ours.shape == exact.shape
     assert relative_error(ours, exact) <= 1.25 * relative_error(eager, exact) + eps / 8
     assert (ours.double() - exact).abs().max() <= 8 * eps * exact.abs().max()
 
 
 def check_statistics(out: Tensor, mean: Tensor, variance: Tensor, exact: Tensor) -> None:
     """Those of what was written, but for its rounding, and of the exact output."""
-    eps = torch.finfo(out.dtype).eps
+    eps = unit(out.dtype)
     for picture, tolerance in ((out.double(), eps), (exact, 6 * eps)):
         true_variance, true_mean = torch.var_mean(picture, (2, 3), correction=0)
         scale = true_variance.sqrt() + true_mean.abs()
@@ -199,13 +210,16 @@ def check(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     results = out, mean, variance, kept = run(a)
     exact, exact_z = steps(a, torch.float64)
     eager, eager_z = steps(a, a.input.dtype)
-    check_picture(out, eager, exact)
+    if a.input.dtype == torch.float32:  # cuDNN uses TF32 or does not
+        eager = in_tf32(a, exact_z)
+    assert out.dtype == kept.dtype == a.input.dtype
+    check_picture(out, eager, exact, unit(out.dtype))
     if a.statistics:
         check_statistics(out, mean, variance, exact)
     else:
         assert mean.numel() == variance.numel() == 0
     if a.keep_input:
-        check_picture(kept, eager_z, exact_z)
+        check_picture(kept, eager_z, exact_z, torch.finfo(kept.dtype).eps)
     else:
         assert kept.numel() == 0
     return results

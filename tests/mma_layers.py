@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from halo_layers import check_picture, check_statistics, steps
+from halo_layers import check_picture, check_statistics, steps, unit
 from torch import Tensor
 
 from sf_compile.cuda import mma_conv
@@ -121,14 +121,14 @@ def check(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     exact, exact_z = steps(a, torch.float64)
     eager, eager_z = steps(a, a.input.dtype)
     assert out.is_contiguous(memory_format=LAYOUTS[a.channels_last])
-    check_picture(out, eager, exact)
+    check_picture(out, eager, exact, unit(out.dtype))
     if a.statistics:
         check_statistics(out, mean, variance, exact)
     else:
         assert mean.numel() == variance.numel() == 0
     if a.keep_input:
         assert kept.is_contiguous(memory_format=LAYOUTS[a.channels_last])
-        check_picture(kept, eager_z, exact_z)
+        check_picture(kept, eager_z, exact_z, unit(kept.dtype))
     else:
         assert kept.numel() == 0
     return results

@@ -19,6 +19,7 @@ from sf_compile.bench import layers, replays, roofline
 from sf_compile.bench.layer_operands import Case, operands
 from sf_compile.bench.rows import LAYER_KEYS, Row
 from sf_compile.bench.work import Layer, Shape, Size, transformer_net_layers
+from sf_compile.cuda import hopper
 from sf_compile.models import TransformerNet
 
 CPU = torch.device("cpu")
@@ -160,7 +161,7 @@ def test_layers_on_a_gpu(tmp_path: Path) -> None:
     written = json.loads(output.read_text())
     assert len(written) == 2 * 2 * len(KINDS)
     assert all(0 < row["share_of_ceiling"] < 1.2 for row in written)
-    fused = torch.cuda.get_device_capability() == (9, 0)
+    fused = hopper.available(torch.cuda.current_device())
     assert {row["layer"] for row in written if row["arithmetic"] == "subpixel"} == (
         {"up1+add", "up2"} if fused else set()
     )

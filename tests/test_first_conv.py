@@ -9,12 +9,11 @@ from cases import relative_error
 from torch import Tensor
 
 from sf_compile import ops
-from sf_compile.cuda import first_conv, hopper
+from sf_compile.cuda import first_conv, hopper, tf32
 from sf_compile.cuda.launcher import loaded
 from sf_compile.ops import reference
 from sf_compile.ops.conv2d import Arguments
 
-SLOTS = 16  # as in csrc/first_conv.cu
 MODES = ("zeros", "reflect", "replicate")
 
 
@@ -60,54 +59,60 @@ def packed_row(x: Tensor, a: Arguments, row: int, column: int, pixels: int, padd
     return values
 
 
-def simulate(a: Arguments, mma_n: int, blocks: int) -> Tensor:
+def simulate(a: Arguments, form: first_conv.Form, mma_n: int, blocks: int) -> Tensor:
     """The kernel's output, from packed weights and a ring of rows addressed as the kernel does."""
     n, out_channels, kernel = a.input.shape[0], a.weight.shape[0], a.weight.shape[2]
     height, width = first_conv.output_size(a)
-    strip, pixels, chunks = 2 * mma_n, 2 * mma_n + kernel - 1, (kernel + 1) // 2
+    strip, input_rows, chunks = form.strip(mma_n), form.input_rows(kernel), form.chunks(kernel)
+    pixels, chunk, unit_rows = strip + kernel - 1, 4 * form.adjacent, -(-height // form.rows)
     strips, pitch = -(-width // strip), 4 * pixels  # in elements, as all that follows
-    row_steps, tail_steps = chunks // 2, (kernel // 2 + 1) * (chunks % 2)
+    row_steps, row_pairs, tail_steps = chunks // 2, input_rows // 2, (input_rows + 1) // 2 * (chunks % 2)
     out = torch.full((n, out_channels, height, width), float("nan"), dtype=a.input.dtype)
-    units = n * strips * height
-    for group, weights in enumerate(first_conv.pack(a.weight)):
-        assert weights.shape == (first_conv.steps(kernel), 2, 64, 8)
+    units = n * strips * unit_rows
+    for group, weights in enumerate(first_conv.arranged(a.weight, form)):
+        assert weights.shape == (form.steps(kernel), 2, 64, chunk)
         for block in range(blocks):
-            ring = torch.full((SLOTS * pitch,), float("nan"), dtype=a.input.dtype)
+            ring = torch.full((form.slots * pitch,), float("nan"), dtype=a.input.dtype)
             first, end = units * block // blocks, units * (block + 1) // blocks
-            y, column, row, packed = first % height, first // height, 0, 0
+            unit, column, row, packed = first % unit_rows, first // unit_rows, 0, 0
             for _ in range(first, end):
-                image, x0 = column // strips, column % strips * strip
-                while packed < row + kernel:
-                    start = packed % SLOTS * pitch
-                    values = packed_row(
-                        a.input[image], a, y + packed - row, x0, pixels, width + kernel - 1
-                    )
+                image, x0, y = column // strips, column % strips * strip, form.rows * unit
+                while packed < row + input_rows:
+                    start = packed % form.slots * pitch
+                    values = packed_row(a.input[image], a, y + packed - row, x0, pixels, width + kernel - 1)
                     ring[start : start + pitch] = values.flatten()
                     packed += 1
-                slot = [(row + r) % SLOTS * pitch for r in range(kernel)]
+                slot = [(row + r) % form.slots * pitch for r in range(input_rows)]
                 steps = [
-                    (r * row_steps + k, slot[r] + 16 * k, 8) for r in range(kernel) for k in range(row_steps)
+                    (r * row_steps + k, slot[r] + 2 * chunk * k, chunk)
+                    for r in range(input_rows)
+                    for k in range(row_steps)
                 ]
                 if tail_steps:
-                    odd = row % 2
-                    tail = kernel * row_steps + odd * tail_steps
-                    for k in range(kernel // 2):
-                        steps.append((tail + k, slot[odd + 2 * k] + 8 * (chunks - 1), pitch))
-                    alone = 0 if odd else kernel - 1
-                    steps.append((tail + kernel // 2, slot[alone] + 8 * (chunks - 2), 8))
+                    odd = row % 2 if input_rows % 2 else 0
+                    tail = input_rows * row_steps + odd * tail_steps
+                    for k in range(row_pairs):
+                        steps.append((tail + k, slot[odd + 2 * k] + chunk * (chunks - 1), pitch))
+                    if input_rows % 2:
+                        alone = 0 if odd else input_rows - 1
+                        steps.append((tail + row_pairs, slot[alone] + chunk * (chunks - 2), chunk))
                 product = torch.zeros(64, mma_n, dtype=a.input.dtype)
                 for step, address, leading in steps:
-                    for chunk in (0, 1):
-                        windows = ring.as_strided((mma_n, 8), (8, 1), address + chunk * leading)
-                        product += weights[step, chunk] @ windows.T
-                pairs = product.view(2, 32, mma_n).permute(1, 2, 0).reshape(32, strip)
+                    for half in (0, 1):
+                        windows = ring.as_strided((mma_n, chunk), (chunk, 1), address + half * leading)
+                        product += weights[step, half] @ windows.T
                 channels, columns = min(32, out_channels - 32 * group), min(strip, width - x0)
-                out[image, 32 * group :][:channels, y, x0 : x0 + columns] = pairs[:channels, :columns]
-                last = y == height - 1
-                row, column, y = row + (kernel if last else 1), column + last, 0 if last else y + 1
+                rows = min(form.rows, height - y)
+                outputs = product.view(form.rows, form.adjacent, 32, mma_n).permute(2, 0, 3, 1)
+                outputs = outputs.reshape(32, form.rows, strip)[:channels, :rows, :columns]
+                out[image, 32 * group :][:channels, y : y + rows, x0 : x0 + columns] = outputs
+                last = unit == unit_rows - 1
+                row += input_rows if last else form.rows
+                column, unit = column + last, 0 if last else unit + 1
     return out
 
 
+@pytest.mark.parametrize("form", [first_conv.SIXTEEN_BIT, first_conv.TF32], ids=["16 bits", "TF32"])
 @pytest.mark.parametrize("kernel", first_conv.KERNELS)
 @pytest.mark.parametrize(
     ("shape", "out_channels", "padding", "blocks"),
@@ -118,30 +123,63 @@ def simulate(a: Arguments, mma_n: int, blocks: int) -> Tensor:
         pytest.param((1, 4, 13, 17), 40, [4, 1, 0, 3], 3, id="every side its own padding, two groups"),
     ],
 )
-def test_packed_weights_meet_their_pixels(kernel, shape, out_channels, padding, blocks):
+def test_packed_weights_meet_their_pixels(kernel, shape, out_channels, padding, blocks, form):
     # Whole numbers, so that float64 is exact in any order.
     x = torch.randint(-9, 10, shape).double()
     weight = torch.randint(-9, 10, (out_channels, shape[1], kernel, kernel)).double()
     for mode in MODES:
         a = arguments(x, weight, padding or [kernel // 2] * 4, mode)
-        assert torch.equal(simulate(a, 8, blocks), convolution(a, torch.float64))
+        assert torch.equal(simulate(a, form, 8, blocks), convolution(a, torch.float64))
+
+
+def test_float32_weights_are_packed_as_tf32():
+    weight = torch.randn(24, 3, 7, 7)
+    packed = first_conv.pack(weight)
+    assert torch.equal(packed, first_conv.arranged(tf32.rounded(weight), first_conv.TF32))
+    assert packed.dtype == torch.float32 and not (packed.view(torch.int32) & 0x1FFF).any()
+
+
+def test_float32_results_are_staged_as_the_copy_engine_reads_them():
+    """Every result at its place of [row][pixel][32 channels], swizzled, and no two lanes in one bank."""
+    mma_n = 24
+    staged = torch.full((2 * mma_n * 32,), -1)
+    for warp in range(4):
+        part, half = warp // 2, warp % 2
+        lane = torch.arange(32)
+        pixel = lane % 4 * 2
+        chunk = (half * 4 + lane // 16) ^ pixel
+        to = part * mma_n * 128 + pixel * 128 + chunk * 16 + lane // 4 % 4 * 4
+        for g in range(mma_n // 8):
+            for i in (0, 1):
+                for second in (0, 1):
+                    address = ((to ^ 32 * i ^ 16 * second) + 128 * second + g * 1024) // 4
+                    assert address.unique().numel() == (address % 32).unique().numel() == 32
+                    channel, at = half * 16 + 8 * i + lane // 4, 8 * g + pixel + second
+                    staged[address] = (part * mma_n + at) * 32 + channel
+    word = torch.arange(staged.numel())
+    assert torch.equal(staged[word ^ word // 32 % 8 * 4], word)
 
 
 def test_strips_are_stored_in_whole_boxes():
-    for mma_n, box in first_conv.BOXES.items():
-        assert 2 * mma_n % box == 0 and box % 16 == 0 and box <= 256
-    for width in (1, 53, 300, 512, 1280, 1919, 1920, 3840):
-        assert first_conv.columns(width) in first_conv.BOXES
-    assert first_conv.columns(512) == 256 and first_conv.columns(1920) == first_conv.columns(3840) == 240
+    for form in first_conv.FORMS.values():
+        for mma_n, box in form.boxes.items():
+            assert form.strip(mma_n) % box == 0 and box % (8 * form.adjacent) == 0 and box <= 256
+    for dtype, form in first_conv.FORMS.items():
+        for kernel in first_conv.KERNELS:
+            for width in (1, 53, 300, 512, 1280, 1919, 1920, 3840):
+                assert first_conv.columns(width, kernel, dtype) in form.widths(kernel)
+    assert [first_conv.columns(width, 9, 1) for width in (512, 1920, 3840)] == [256, 240, 240]
+    assert [first_conv.columns(width, 9, 0) for width in (512, 1280, 1920, 3840)] == [128, 184, 192, 192]
 
 
 def test_every_variant_fits_into_shared_memory():
     made = list(first_conv.variants())
-    assert 10 < len(made) < 20 and len({tuple(constants.items()) for _, constants in made}) == len(made)
+    assert 20 < len(made) < 30 and len({tuple(constants.items()) for _, constants in made}) == len(made)
+    for _, constants in made:
+        assert constants["MMA_N"] in first_conv.FORMS[constants["DTYPE"]].widths(constants["KERNEL"])
     for kernel in first_conv.KERNELS:
-        for mma_n in first_conv.BOXES:
-            variant = first_conv.Variant(1, 3, kernel, mma_n, 2, True, False, False)
-            assert variant.shared_bytes() + 1024 <= hopper.SHARED_BYTES  # 1024: static, rounded up
+        assert first_conv.SIXTEEN_BIT.widths(kernel) == list(first_conv.SIXTEEN_BIT.boxes)
+    assert first_conv.TF32.widths(9) == [128, 184, 192]
 
 
 def test_refusals_name_the_reason(monkeypatch):
@@ -194,6 +232,10 @@ CASES = [
 ]
 
 
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+TWO_DTYPES = [torch.float16, torch.float32]  # where 16 bits are 16 bits
+
+
 @pytest.fixture
 def hopper_gpu():
     capability = torch.cuda.get_device_capability()
@@ -220,7 +262,15 @@ def run(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 def check_output(a: Arguments, out: Tensor) -> None:
     exact = convolution(a, torch.float64)
-    allowed = 1.25 * relative_error(convolution(a, out.dtype), exact) + torch.finfo(out.dtype).eps
+    error = relative_error(convolution(a, out.dtype), exact)
+    if out.dtype == torch.float32:
+        # What the products should be given: both operands rounded to the nearest number of TF32.
+        # cuDNN may take a kernel that is more exact.
+        rounded = a._replace(input=tf32.rounded(a.input), weight=tf32.rounded(a.weight))
+        nearest = convolution(rounded, torch.float64)
+        assert relative_error(out, nearest) <= 2e-5
+        error = max(error, relative_error(nearest, exact))
+    allowed = 1.25 * error + torch.finfo(out.dtype).eps
     assert out.shape == exact.shape and relative_error(out, exact) <= allowed
 
 
@@ -236,7 +286,7 @@ def check_statistics(out: Tensor, mean: Tensor, variance: Tensor) -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper_gpu")
 class TestKernel:
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("shape", "out_channels", "kernel", "padding", "mode"), CASES)
     def test_against_float64(self, shape, out_channels, kernel, padding, mode, dtype):
         a = made(shape, out_channels, kernel, padding, mode, dtype)
@@ -244,22 +294,32 @@ class TestKernel:
         check_output(a, out)
         check_statistics(out, mean, variance)
 
-    @pytest.mark.parametrize("mma_n", first_conv.BOXES)
-    @pytest.mark.parametrize("kernel", first_conv.KERNELS)
-    def test_every_strip_width(self, mma_n, kernel, monkeypatch):
-        monkeypatch.setattr(first_conv, "columns", lambda width: mma_n)
-        a = made((2, 3, 19, 1201), 32, kernel, [kernel // 2] * 4, "reflect")
+    @pytest.mark.parametrize(
+        ("dtype", "kernel", "mma_n"),
+        [
+            (dtype, kernel, mma_n)
+            for dtype in TWO_DTYPES
+            for kernel in first_conv.KERNELS
+            for mma_n in first_conv.FORMS[hopper.OPERANDS[dtype]].widths(kernel)
+        ],
+    )
+    def test_every_strip_width(self, dtype, kernel, mma_n, monkeypatch):
+        monkeypatch.setattr(first_conv, "columns", lambda width, kernel, dtype: mma_n)
+        a = made((2, 3, 19, 1201), 32, kernel, [kernel // 2] * 4, "reflect", dtype)
         out, mean, variance = run(a)
         check_output(a, out)
         check_statistics(out, mean, variance)
 
+    @pytest.mark.parametrize("dtype", TWO_DTYPES)
     @pytest.mark.parametrize("bias", [False, True])
     @pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu(0.2)", "silu", "gelu * 2.0 + 1.0"])
     @pytest.mark.parametrize("statistics", [False, True])
-    def test_bias_activation_and_statistics(self, bias, activation, statistics):
-        a = made((2, 3, 30, 70), 40, 9, [4] * 4, "reflect", activation=activation, statistics=statistics)
+    def test_bias_activation_and_statistics(self, bias, activation, statistics, dtype):
+        a = made(
+            (2, 3, 31, 70), 40, 9, [4] * 4, "reflect", dtype, activation=activation, statistics=statistics
+        )
         if bias:
-            a = a._replace(bias=torch.randn(40, dtype=torch.float16, device="cuda"))
+            a = a._replace(bias=torch.randn(40, dtype=dtype, device="cuda"))
         out, mean, variance = run(a)
         check_output(a, out)
         if statistics:
@@ -267,9 +327,10 @@ class TestKernel:
         else:
             assert mean.numel() == variance.numel() == 0
 
+    @pytest.mark.parametrize("dtype", TWO_DTYPES)
     @pytest.mark.parametrize("layout", ["channels_last", "rows and columns skipped", "one image expanded"])
-    def test_reads_any_strides(self, layout):
-        a = made((2, 3, 37, 53), 32, 9, [4, 4, 4, 4], "reflect")
+    def test_reads_any_strides(self, layout, dtype):
+        a = made((2, 3, 37, 53), 32, 9, [4, 4, 4, 4], "reflect", dtype)
         x = a.input
         if layout == "channels_last":
             x = x.contiguous(memory_format=torch.channels_last)
@@ -283,8 +344,11 @@ class TestKernel:
         check_output(a, out)
         check_statistics(out, mean, variance)
 
+    @pytest.mark.parametrize("dtype", TWO_DTYPES)
     @pytest.mark.parametrize(("shape", "out_channels", "kernel", "padding", "mode"), CASES)
-    def test_writes_nothing_beside_its_output(self, shape, out_channels, kernel, padding, mode, monkeypatch):
+    def test_writes_nothing_beside_its_output(
+        self, shape, out_channels, kernel, padding, mode, dtype, monkeypatch
+    ):
         margin, buffers = 65536, []
 
         def poisoned(shape, like, channels_last):
@@ -294,18 +358,19 @@ class TestKernel:
             return buffers[-1][margin:-margin].view(n, h, w, c).permute(0, 3, 1, 2)
 
         monkeypatch.setattr(first_conv, "empty_image", poisoned)
-        out = first_conv.conv2d(made(shape, out_channels, kernel, padding, mode))[0]
+        out = first_conv.conv2d(made(shape, out_channels, kernel, padding, mode, dtype))[0]
         assert out.isfinite().all()
         assert buffers[0][:margin].isnan().all() and buffers[0][-margin:].isnan().all()
 
-    def test_constant_picture_has_no_variance(self):
-        a = made((2, 3, 100, 300), 32, 9, [4] * 4, "reflect")
+    @pytest.mark.parametrize("dtype", TWO_DTYPES)
+    def test_constant_picture_has_no_variance(self, dtype):
+        a = made((2, 3, 100, 300), 32, 9, [4] * 4, "reflect", dtype)
         a.input.fill_(0.7)
         out, mean, variance = run(a)
         check_output(a, out)
         assert (variance >= 0).all() and (variance <= 1e-8 * (1 + mean.square())).all()
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_mean_of_100_deviations(self, dtype):
         a = made((2, 3, 300, 500), 32, 3, [1] * 4, "reflect", dtype)
         weight = torch.rand(32, 3, 3, 3).to(dtype).cuda()
@@ -316,10 +381,15 @@ class TestKernel:
         check_statistics(out, mean, variance)
         assert (mean.abs() > 30 * variance.sqrt()).all()
 
+    def test_forbidden_tf32_is_not_used(self, monkeypatch):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        assert "TF32" in first_conv.refusal(made((1, 3, 37, 53), 32, 9, [4] * 4, "reflect", torch.float32))
+
+    @pytest.mark.parametrize("dtype", TWO_DTYPES)
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("pixel", [(0, 0), (20, 31), (36, 52)])
-    def test_nan_and_infinity_show_up(self, value, pixel):
-        a = made((3, 3, 37, 53), 32, 9, [4] * 4, "reflect")
+    def test_nan_and_infinity_show_up(self, value, pixel, dtype):
+        a = made((3, 3, 37, 53), 32, 9, [4] * 4, "reflect", dtype)
         a.input[1, 2][pixel] = value
         out, mean, variance = run(a)
         bad = ~convolution(a, torch.float32).isfinite()
@@ -327,32 +397,38 @@ class TestKernel:
         assert not mean[1].isfinite().any() and not variance[1].isfinite().any()
         check_statistics(out[::2], mean[::2], variance[::2])
 
-    def test_nan_passes_the_relu(self):
-        a = made((1, 3, 37, 53), 32, 9, [4] * 4, "reflect", activation="relu")
+    @pytest.mark.parametrize("dtype", TWO_DTYPES)
+    def test_nan_passes_the_relu(self, dtype):
+        a = made((1, 3, 37, 53), 32, 9, [4] * 4, "reflect", dtype, activation="relu")
         a.input[0, 1, 7, 9] = float("nan")
         assert run(a)[0][convolution(a, torch.float32).isnan()].isnan().all()
 
-    def test_overflow_is_infinite(self):
-        a = made((1, 3, 37, 53), 32, 9, [4] * 4, "zeros")
-        a = a._replace(input=torch.full_like(a.input, 1000.0), weight=torch.ones_like(a.weight))
+    @pytest.mark.parametrize("dtype", TWO_DTYPES)
+    def test_overflow_is_infinite(self, dtype):
+        a = made((1, 3, 37, 53), 32, 9, [4] * 4, "zeros", dtype)
+        large = torch.full_like(a.input, torch.finfo(dtype).max / 50)
+        a = a._replace(input=large, weight=torch.ones_like(a.weight))
         out, mean, variance = run(a)
         assert out.isposinf().all() and not mean.isfinite().any() and not variance.isfinite().any()
 
+    @pytest.mark.parametrize("dtype", TWO_DTYPES)
     @pytest.mark.parametrize("shape", [(3, 3, 64, 300), (1, 3, 530, 1919)])
-    def test_same_bits_on_every_run(self, shape):
-        a = made(shape, 32, 9, [4] * 4, "reflect")
+    def test_same_bits_on_every_run(self, shape, dtype):
+        a = made(shape, 32, 9, [4] * 4, "reflect", dtype)
         first = run(a)
         for _ in range(4):
             assert all(torch.equal(one, other) for one, other in zip(first, run(a), strict=True))
 
-    def test_a_changed_weight_is_packed_anew(self):
-        a = made((1, 3, 37, 53), 32, 9, [4] * 4, "reflect")
+    @pytest.mark.parametrize("dtype", TWO_DTYPES)
+    def test_a_changed_weight_is_packed_anew(self, dtype):
+        a = made((1, 3, 37, 53), 32, 9, [4] * 4, "reflect", dtype)
         run(a)
         a.weight.neg_()
         check_output(a, run(a)[0])
 
-    def test_replays_in_a_graph(self):
-        a = made((2, 3, 37, 300), 32, 9, [4] * 4, "reflect")
+    @pytest.mark.parametrize("dtype", TWO_DTYPES)
+    def test_replays_in_a_graph(self, dtype):
+        a = made((2, 3, 37, 300), 32, 9, [4] * 4, "reflect", dtype)
         expected = run(a)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

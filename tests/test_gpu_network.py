@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 
@@ -11,6 +12,8 @@ import torch
 from cases import psnr, relative_error, replay_side_by_side
 
 from sf_compile.backend import styleforge
+from sf_compile.bench.checks import run_in_tf32
+from sf_compile.cuda import hopper
 from sf_compile.models import TransformerNet
 
 pytestmark = pytest.mark.gpu
@@ -54,6 +57,43 @@ def test_strict_float32_pictures_equal_eagers(checkpoint, weights, photo_path, s
     x = photo(photo_path).to("cuda")
     with torch.inference_mode():
         assert psnr(compiled(model)(x), model(x)) > 90
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_float32_pictures_equal_eagers(checkpoint, weights, photo_path):
+    from sf_compile.models import load_checkpoint
+
+    model = load_checkpoint(weights / checkpoint).to("cuda")
+    x = photo(photo_path).to("cuda")
+    with torch.inference_mode():
+        ours, by_tf32 = compiled(model)(x), run_in_tf32(model, x)
+        exact = model.double()(x.double())
+    assert psnr(ours, exact) > 60 and psnr(ours, exact) > psnr(by_tf32, exact) - 1
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 37, 53), (3, 3, 20, 24), (1, 3, 128, 96)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_float32_is_as_close_to_float64_as_tf32(shape, memory_format):
+    model = network(torch.float32).to(memory_format=memory_format)
+    x = (torch.rand(shape, device="cuda") * 255).contiguous(memory_format=memory_format)
+    with torch.no_grad():
+        eager, ours, by_tf32 = model(x), compiled(model)(x), run_in_tf32(model, x)
+        exact = model.double()(x.double())
+    assert ours.stride() == eager.stride() and ours.dtype == torch.float32
+    assert relative_error(ours, exact) <= 1.25 * relative_error(by_tf32, exact)
+
+
+def test_tf32_is_used_while_it_is_allowed(monkeypatch):
+    """Also by a region that has been replayed meanwhile."""
+    model = network(torch.float32)
+    fast = compiled(model)
+    x = torch.rand(1, 3, 64, 48, device="cuda") * 255
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        for allowed in (True, False, True):
+            monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+            for _ in range(4):
+                assert (relative_error(fast(x), exact) > 1e-4) is allowed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -180,7 +220,7 @@ def test_poisoned_memory_is_never_read():
 
 FUSED = {"first_conv.cu", "halo_conv.cu", "last_conv.cu"}
 on_hopper = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    torch.cuda.is_available() and not hopper.available(0),
     reason="the fused convolutions need compute capability 9.0",
 )
 

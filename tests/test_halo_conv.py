@@ -32,26 +32,27 @@ def variant(channels: int, out_channels: int, kernel: tuple[int, int] = (3, 3), 
 def products(v: Variant, packed: Tensor, padded: Tensor) -> list[Tensor]:
     """What the packed weights of each row block make of a padded picture (C, H, W): (64, rows, columns)."""
     taps_y, taps_x = v.taps
-    shape = (v.row_blocks, v.depth, taps_y * taps_x, v.slot_channels // 8, 64, 8)
+    width = 4 if v.dtype == 0 else 8  # channels in 16 bytes
+    shape = (v.row_blocks, v.depth, taps_y * taps_x, v.slot_channels // width, 64, width)
     assert packed.shape == shape and packed.is_contiguous()
-    assert packed[0, 0].numel() * 2 == v.weight_bytes
     z = torch.zeros(v.depth * v.slot_channels, *padded.shape[1:], dtype=padded.dtype)
     z[: v.channels] = padded
     results = []
     for block in packed:
         rows = torch.zeros(64, v.depth * v.slot_channels, taps_y, taps_x, dtype=packed.dtype)
         for slot, tap, chunk in itertools.product(*(range(n) for n in shape[1:4])):
-            first = slot * v.slot_channels + 8 * chunk
-            rows[:, first : first + 8, tap // taps_x, tap % taps_x] = block[slot, tap, chunk]
+            first = slot * v.slot_channels + width * chunk
+            rows[:, first : first + width, tap // taps_x, tap % taps_x] = block[slot, tap, chunk]
         assert not rows[:, v.channels :].any(), "channels that do not exist"
         results.append(F.conv2d(z[None], rows, stride=v.stride)[0])
     return results
 
 
+@pytest.mark.parametrize("dtype", [0, 1], ids=["float32", "sixteen-bit"])
 @pytest.mark.parametrize(("channels", "out_channels"), COUNTS)
-def test_packed_weights_of_a_plain_convolution(channels, out_channels):
+def test_packed_weights_of_a_plain_convolution(channels, out_channels, dtype):
     for kernel, stride in (((3, 3), 1), ((1, 1), 1), ((3, 5), 1), ((3, 3), 2), ((4, 4), 2)):
-        v = variant(channels, out_channels, kernel, stride=stride)
+        v = variant(channels, out_channels, kernel, stride=stride, dtype=dtype)
         # Whole numbers, so that float64 is exact in any order.
         weight = torch.randint(-9, 10, (out_channels, channels, *kernel)).double()
         padded = torch.randint(-9, 10, (channels, 7, 9)).double()
@@ -85,9 +86,10 @@ def enlarged_by(v: Variant, packed: Tensor, padded: Tensor) -> Tensor:
     return out
 
 
+@pytest.mark.parametrize("dtype", [0, 1], ids=["float32", "sixteen-bit"])
 @pytest.mark.parametrize(("channels", "out_channels"), COUNTS)
-def test_packed_weights_of_an_enlarging_convolution(channels, out_channels):
-    v = variant(channels, out_channels, subpixel=True)
+def test_packed_weights_of_an_enlarging_convolution(channels, out_channels, dtype):
+    v = variant(channels, out_channels, subpixel=True, dtype=dtype)
     weight = torch.randint(-9, 10, (out_channels, channels, 3, 3)).double()
     x = torch.randint(-9, 10, (1, channels, 5, 6)).double()
     enlarged = F.interpolate(x, scale_factor=2.0)
@@ -201,12 +203,13 @@ def test_windows_of_an_enlarging_convolution(mode, origin, shared):
 
 def layout_bytes(v: Variant, slots: int, streamed: bool) -> int:
     """Where the shared memory of csrc/halo_conv.cu ends, by its own arithmetic."""
-    c = 32 if v.channels > 16 and not (v.stride == 2 and v.channels > 32) else 16
+    c, size = v.slot_channels, 4 if v.dtype == 0 else 2
+    assert c * size in (32, 64), "rows that a swizzle exists for"
     taps_y, taps_x = (2, 2) if v.subpixel else (v.kernel_h, v.kernel_w)
     depth = (v.channels + c - 1) // c
-    plane = (TILE[0] + (taps_y - 1) // v.stride) * (TILE[1] + (taps_x - 1) // v.stride) * c * 2
+    plane = (TILE[0] + (taps_y - 1) // v.stride) * (TILE[1] + (taps_x - 1) // v.stride) * c * size
     picture = v.stride * v.stride * ((plane + 511) // 512 * 512)
-    weights = taps_y * taps_x * 64 * c * 2
+    weights = taps_y * taps_x * 64 * c * size
     slot = picture + (weights if streamed else 0)
     assert slot % 512 == 0, "slots begin with a swizzle pattern"
     stages = 4 * (4 * 8 * 128)
@@ -218,11 +221,11 @@ def layout_bytes(v: Variant, slots: int, streamed: bool) -> int:
 
 def test_shared_memory_suffices_and_is_there():
     held = streamed = refused = 0
-    sweep = itertools.product(range(8, 1025, 8), range(1, 8), (1, 2), (False, True))
-    for channels, kernel, stride, subpixel in sweep:
+    sweep = itertools.product(range(8, 1025, 8), range(1, 8), (1, 2), (False, True), (0, 1))
+    for channels, kernel, stride, subpixel, dtype in sweep:
         if kernel < stride or (subpixel and (kernel, stride) != (3, 1)):
             continue
-        v = variant(channels, 64, (kernel,) * 2, stride=stride, subpixel=subpixel)
+        v = variant(channels, 64, (kernel,) * 2, stride=stride, subpixel=subpixel, dtype=dtype)
         memory = v.memory()
         if memory is None:
             refused += 1
@@ -237,7 +240,7 @@ def test_shared_memory_suffices_and_is_there():
 
 def test_variants_are_distinct_and_fit():
     made = list(halo_conv.variants())
-    assert len(made) == 48 and {source for source, _ in made} == {halo_conv.SOURCE}
+    assert len(made) == 70 and {source for source, _ in made} == {halo_conv.SOURCE}
     assert len({tuple(sorted(constants.items())) for _, constants in made}) == len(made)
     names = {"SLOT_CHANNELS", "SLOTS", "STREAMED", *(field.upper() for field in Variant._fields)}
     for _, constants in made:
@@ -310,7 +313,7 @@ def test_refusals_of_every_kernel_of_the_family(monkeypatch):
         def __init__(self, x: Tensor) -> None:
             self.dtype, self.numel = x.dtype, x.numel
 
-    monkeypatch.setattr(hopper, "_is_hopper", lambda index: True)
+    monkeypatch.setattr(hopper, "available", lambda index: True)
     monkeypatch.setattr(hopper, "usable_or_warn", lambda: True)
     a = a._replace(input=OnGpu(x))
     assert hopper.refusal(a) is None
@@ -325,5 +328,5 @@ def test_refusals_of_every_kernel_of_the_family(monkeypatch):
         assert reason in hopper.refusal(a._replace(**change))
     monkeypatch.setattr(hopper, "usable_or_warn", lambda: False)
     assert "NVRTC" in hopper.refusal(a)
-    monkeypatch.setattr(hopper, "_is_hopper", lambda index: False)
+    monkeypatch.setattr(hopper, "available", lambda index: False)
     assert "9.0" in hopper.refusal(a)

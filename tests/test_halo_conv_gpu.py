@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import relative_error
 from halo_layers import (
     BARE,
     BFLOAT16,
     CASES,
     DOUBLING,
+    FLOAT32,
     GENERAL,
     HALVING,
     IDS,
@@ -26,7 +28,8 @@ from halo_layers import (
     steps,
 )
 
-from sf_compile.cuda import convolution, halo_conv
+from sf_compile import ops
+from sf_compile.cuda import convolution, halo_conv, hopper
 from sf_compile.cuda.launcher import loaded
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -35,10 +38,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled")]
 
 @pytest.fixture(scope="module")
 def compiled():
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("halo_conv.cu is for compute capability 9.0")
+    if not hopper.available(torch.cuda.current_device()):
+        pytest.skip("halo_conv.cu is for compute capability 9.0, and not asked for")
     layers = [(layer, torch.float16) for layer, _, _ in CASES]
-    compile_all(layers + [(layer, torch.bfloat16) for layer in BFLOAT16])
+    layers += [(layer, torch.bfloat16) for layer in BFLOAT16]
+    compile_all(layers + [(layer, torch.float32) for layer in FLOAT32])
 
 
 @pytest.mark.parametrize(("layer", "size", "why"), CASES, ids=IDS)
@@ -50,6 +54,23 @@ def test_against_float64(layer, size, why):
 @pytest.mark.parametrize("layer", BFLOAT16, ids=["plain", "skip", "halving", "doubling"])
 def test_bfloat16(layer, size):
     check(made(layer, size, torch.bfloat16))
+
+
+@pytest.mark.parametrize("size", [(1, 37, 53), (2, 16, 64), (3, 9, 33)])
+@pytest.mark.parametrize("layer", FLOAT32, ids=[str(i) for i in range(len(FLOAT32))])
+def test_float32_in_tf32(layer, size):
+    check(made(layer, size, torch.float32))
+
+
+@pytest.mark.parametrize("layer", [PLAIN, BARE])
+def test_float32_where_tf32_is_forbidden(layer, monkeypatch):
+    a = made(layer, (2, 37, 53), torch.float32)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert "TF32" in halo_conv.refusal(a) and convolution.choice(a) == (None, False)
+    exact, eager = (steps(a, dtype)[0] for dtype in (torch.float64, torch.float32))
+    assert relative_error(ops.conv2d(*a)[0], exact) <= 1.25 * relative_error(eager, exact)
+    monkeypatch.undo()
+    assert convolution.choice(a) == (halo_conv, False)
 
 
 def test_the_fused_kernel_is_what_runs():

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from sf_compile import ops
 from sf_compile.backend import styleforge
-from sf_compile.cuda import launcher, residual_trunk
+from sf_compile.cuda import hopper, launcher, residual_trunk
 from sf_compile.models import TransformerNet
 
 EPS = 1e-5
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+        torch.cuda.is_available() and not hopper.available(0),
         reason="residual_trunk.cu is for compute capability 9.0",
     ),
 ]

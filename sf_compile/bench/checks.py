@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sf_compile.bench.rows import BenchmarkError
 from sf_compile.bench.work import Size
+from sf_compile.cuda import tf32
 from sf_compile.models import MIN_SIDE
 
 # The package's promise: at most this many times eager's own error in the same precision.
@@ -38,6 +40,17 @@ def relative_error(output: Tensor, reference: Tensor) -> float:
     """Return ||output - reference|| / ||reference|| in float64, a NaN in either gives NaN."""
     reference = reference.double()
     return float(torch.linalg.vector_norm(output.double() - reference) / torch.linalg.vector_norm(reference))
+
+
+def run_in_tf32(model: nn.Module, picture: Tensor) -> Tensor:
+    """What float32 ``model`` makes of ``picture`` where every convolution's operands are rounded to TF32."""
+    rounding = copy.deepcopy(model)
+    for module in rounding.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.weight.data = tf32.rounded(module.weight.data)
+            module.register_forward_pre_hook(lambda _, inputs: (tf32.rounded(inputs[0]),))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return rounding(picture)
 
 
 def check_output(

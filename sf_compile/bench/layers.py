@@ -25,6 +25,7 @@ from sf_compile.bench.replays import calls_in_replay, repeated, rotating_sets
 from sf_compile.bench.rows import BenchmarkError, Keep, Log, Row, dtype_name, environment_of, forget, rounded
 from sf_compile.bench.timing import Budget, Sample, interleaved, sustained
 from sf_compile.bench.work import Size, parse_sizes, transformer_net_layers
+from sf_compile.cuda import tf32
 from sf_compile.ops.conv2d import Arguments
 from sf_compile.ops.conv2d import conv2d as fused_conv2d
 
@@ -76,8 +77,8 @@ def run_layers(
             # By name: the residual blocks repeat themselves.
             layers = {layer.name: layer for layer in transformer_net_layers(size)}
             for dtype in dtypes:
-                # As the backend plans it: cuDNN's float32 keeps the layout of the picture.
-                channels_last = not (device.type == "cuda" and dtype == torch.float32)
+                # As the backend plans it: float32 without TF32 keeps the layout of the picture.
+                channels_last = not (device.type == "cuda" and dtype == torch.float32) or tf32.allowed()
                 for layer in layers.values():
                     case = Case(layer, size, dtype, channels_last)
                     log(str(case))
@@ -155,9 +156,9 @@ def _check(case: Case, peers: Sequence[str], one: Operands) -> dict[str, float]:
     # A single layer's error is about that of one rounding: an eighth of it decides nothing.
     eps = torch.finfo(case.dtype).eps
     slack = eps / 8
-    # Where cuDNN may use TF32, with float16's ten bits, its fastest algorithm can, and eager's be without it.
-    tf32 = case.dtype == torch.float32 and a.input.is_cuda
-    bare_slack = torch.finfo(torch.float16).eps if tf32 else slack
+    # Where TF32 is allowed, with float16's ten bits, one algorithm can use it and eager's be without it.
+    ten_bits = case.dtype == torch.float32 and a.input.is_cuda and tf32.allowed()
+    slack_of_output = torch.finfo(torch.float16).eps if ten_bits else slack
     true, true_z = exact(a)
     z = finish(a)
     eager = F.conv2d(prepare(a, z), a.weight, a.bias, a.stride)
@@ -165,10 +166,10 @@ def _check(case: Case, peers: Sequence[str], one: Operands) -> dict[str, float]:
     errors = {}
     for name in peers:
         if name == "cudnn":
-            errors[name] = check_output(name, _bare(one), true, eager_error, where, bare_slack)
+            errors[name] = check_output(name, _bare(one), true, eager_error, where, slack_of_output)
             continue
         output, mean, variance, kept = fused_conv2d(*a)
-        errors[name] = check_output(name, output, true, eager_error, where, slack)
+        errors[name] = check_output(name, output, true, eager_error, where, slack_of_output)
         if a.keep_input:
             check_output(name, kept, true_z, relative_error(z, true_z), f"{where}, kept input", slack)
         if a.statistics:

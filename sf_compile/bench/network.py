@@ -23,11 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sf_compile.bench.building import Built, build, ready
 from sf_compile.bench.ceilings import Ceilings, measure_ceilings
-from sf_compile.bench.checks import check_output, check_sizes, relative_error
+from sf_compile.bench.checks import check_output, check_sizes, relative_error, run_in_tf32
 from sf_compile.bench.peers import PEERS, Build, Peer
 from sf_compile.bench.rows import BenchmarkError, Keep, Log, Row, dtype_name, environment_of, forget, rounded
 from sf_compile.bench.timing import Budget, Call, Sample, interleaved, sustained
 from sf_compile.bench.work import Size, parse_sizes, transformer_net_flop
+from sf_compile.cuda import tf32
 from sf_compile.models import CheckpointError, TensorFlowTransformNet, TransformerNet, load_checkpoint
 
 GPU_SIZES = parse_sizes("512x512,1080x1920,2160x3840,8x512x512")
@@ -210,6 +211,9 @@ def _runners(
     }
     reference = _reference(model, pictures[-1])
     eager_error = relative_error(model(pictures[-1]), reference)
+    if dtype == torch.float32 and device.type == "cuda" and tf32.allowed():
+        # Of TF32 throughout: which of eager's convolutions use it is cuDNN's choice.
+        eager_error = max(eager_error, relative_error(run_in_tf32(model, pictures[-1]), reference))
 
     built: dict[tuple[Build, str], Built] = {}
     runners: dict[str, Runner] = {}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sf_compile.cuda import first_conv, halo_conv, last_conv, mma_conv, packing
+from sf_compile.cuda import first_conv, halo_conv, last_conv, mma_conv, packing, tf32
 from sf_compile.cuda.compiler import usable_or_warn
 from sf_compile.cuda.layout import dense_channels, is_channels_last
 from sf_compile.cuda.normalization import apply, usable
@@ -106,7 +106,7 @@ def _key(a: Arguments) -> tuple[Any, ...]:
     vectors = (a.bias, a.mean, a.variance)
     affine = (a.norm_weight, a.norm_bias)
     return (
-        usable_or_warn(), a.input.device.index,
+        usable_or_warn(), tf32.allowed(), a.input.device.index,
         *(None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in pictures),
         *(None if t is None else (t.dtype, t.dim(), t.is_contiguous()) for t in vectors),
         *(None if t is None else (t.dtype, dense_channels(t)) for t in affine),

@@ -1,7 +1,7 @@
 """Host side of csrc/first_conv.cu: a network's first convolution, from a picture of 1 to 4 channels.
 
 Reads a finished picture in any layout, pads it on the way in, and writes channels_last with the statistics
-of what it writes.
+of what it writes. Float32 is multiplied in TF32.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sf_compile.cuda import activation, hopper
+from sf_compile.cuda import activation, hopper, tf32
 from sf_compile.cuda.launcher import Kernel, load
 from sf_compile.cuda.layout import PADS, multiprocessors, pointer
 from sf_compile.cuda.packing import packed
@@ -26,14 +26,61 @@ KERNELS = (3, 5, 7, 9)
 GROUP = 32
 """Output channels of a block."""
 
-BOXES = {128: 128, 184: 16, 200: 80, 240: 96, 256: 128}
-"""For each MMA_N the pixels of one store: whole groups of 16, up to 256, which divide a strip of 2 MMA_N."""
-
-_UNIT_OVERHEAD = 32
-"""What a unit of work costs beside its products, in columns of one; an estimate."""
-
-_SLOTS = 16
 _MAXIMUM = 2**31
+
+
+class Form(NamedTuple):
+    """How the pixels of a dtype make a unit of work, as csrc/first_conv.cu has it."""
+
+    itemsize: int
+    adjacent: int
+    """Pixels of a column of the product: 16 bytes, of 4 channels each."""
+    slots: int
+    """Rows in the ring."""
+    boxes: dict[int, int]
+    """For each MMA_N the pixels of one store: whole groups of 8 columns, up to 256, which divide a strip."""
+    overhead: int
+    """What a unit costs beside its products, in columns of one; an estimate."""
+
+    @property
+    def rows(self) -> int:
+        """Output rows of a unit."""
+        return 2 // self.adjacent
+
+    def strip(self, mma_n: int) -> int:
+        """Pixels of a unit in a row."""
+        return self.adjacent * mma_n
+
+    def input_rows(self, kernel: int) -> int:
+        """Rows that a unit reads."""
+        return kernel + self.rows - 1
+
+    def chunks(self, kernel: int) -> int:
+        """Chunks of 16 bytes in a row of a window."""
+        return (kernel + self.adjacent - 1) // self.adjacent
+
+    def steps(self, kernel: int) -> int:
+        """Steps of weights in shared memory: whole ones, and the odd last chunks in every order."""
+        rows, chunks = self.input_rows(kernel), self.chunks(kernel)
+        return rows * (chunks // 2) + (1 + rows % 2) * (chunks % 2) * ((rows + 1) // 2)
+
+    def shared_bytes(self, kernel: int, mma_n: int) -> int:
+        """Dynamic shared memory of a block."""
+        staging = 2 * self.rows * self.strip(mma_n) * GROUP * self.itemsize
+        ring = self.slots * 4 * self.itemsize * (self.strip(mma_n) + kernel - 1)
+        barriers = 8 * (2 * self.slots + 2)
+        return 1024 + staging + 2048 * self.steps(kernel) + ring + barriers
+
+    def widths(self, kernel: int) -> list[int]:
+        """The values of MMA_N whose blocks have room."""
+        room = hopper.SHARED_BYTES - 1024  # for static shared memory, rounded up
+        return [mma_n for mma_n in self.boxes if self.shared_bytes(kernel, mma_n) <= room]
+
+
+SIXTEEN_BIT = Form(2, 2, 16, {128: 128, 184: 16, 200: 80, 240: 96, 256: 128}, 32)
+TF32 = Form(4, 1, 12, {128: 64, 184: 184, 192: 96, 200: 200, 240: 120, 256: 128}, 16)
+FORMS = {0: TF32, 1: SIXTEEN_BIT, 2: SIXTEEN_BIT}
+"""The form for each DTYPE constant."""
 
 
 class Variant(NamedTuple):
@@ -51,32 +98,21 @@ class Variant(NamedTuple):
     def constants(self) -> dict[str, int]:
         """The compile-time constants."""
         values = {name.upper(): int(value) for name, value in self._asdict().items()}
-        return {**values, "PARAMETER": self.dtype, "BOX": BOXES[self.mma_n]}
-
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block."""
-        staging = 2 * 64 * 2 * self.mma_n
-        rows = _SLOTS * 8 * (2 * self.mma_n + self.kernel - 1)
-        barriers = 8 * (2 * _SLOTS + 2)
-        return 1024 + staging + 2048 * steps(self.kernel) + rows + barriers
-
-
-def steps(kernel: int) -> int:
-    """k16 steps of weights in shared memory: whole ones, and both orders of the odd last chunks."""
-    chunks = (kernel + 1) // 2
-    return kernel * (chunks // 2) + 2 * (chunks % 2) * (kernel // 2 + 1)
+        return {**values, "PARAMETER": self.dtype, "BOX": FORMS[self.dtype].boxes[self.mma_n]}
 
 
 def variants() -> Iterator[tuple[str, dict[str, int]]]:
     """(source, constants) for TransformerNet and its relatives, of the many that may be asked for."""
     none, relu = activation.IDENTITY, activation.RECTIFIED
     shapes = ((3, 9, 240), (3, 9, 256), (1, 9, 128), (4, 5, 200), (3, 7, 184), (3, 3, 256))
-    for dtype in hopper.SIXTEEN_BIT.values():
-        for channels, kernel, mma_n in shapes:
+    float_shapes = ((3, 9, 192), (3, 9, 128), (1, 9, 184), (4, 5, 256), (3, 7, 240), (3, 3, 256))
+    for dtype in hopper.OPERANDS.values():
+        for channels, kernel, mma_n in float_shapes if dtype == 0 else shapes:
             yield SOURCE, Variant(dtype, channels, kernel, mma_n, 2, True, False, none).constants()
-        yield SOURCE, Variant(dtype, 3, 9, 256, 1, False, True, relu).constants()
-        yield SOURCE, Variant(dtype, 3, 9, 240, 3, True, True, relu).constants()
-        yield SOURCE, Variant(dtype, 3, 7, 256, 2, False, True, activation.LEAKY).constants()
+        widest, wide, seven = (192, 184, 200) if dtype == 0 else (256, 240, 256)
+        yield SOURCE, Variant(dtype, 3, 9, widest, 1, False, True, relu).constants()
+        yield SOURCE, Variant(dtype, 3, 9, wide, 3, True, True, relu).constants()
+        yield SOURCE, Variant(dtype, 3, 7, seven, 2, False, True, activation.LEAKY).constants()
 
 
 @functools.cache
@@ -86,9 +122,19 @@ def _kernel(index: int, variant: Variant, mode: str) -> Kernel:
 
 
 @functools.cache
-def columns(width: int) -> int:
-    """MMA_N, half the pixels of a strip, with which rows of ``width`` pixels waste least."""
-    return min(BOXES, key=lambda n: (-(-width // (2 * n)) * (n + _UNIT_OVERHEAD), n))
+def columns(width: int, kernel: int, dtype: int) -> int:
+    """MMA_N, the columns of a strip, with which rows of ``width`` pixels waste least."""
+    form = FORMS[dtype]
+    return min(form.widths(kernel), key=lambda n: (-(-width // form.strip(n)) * (n + form.overhead), n))
+
+
+def units(a: Arguments) -> tuple[int, int, int]:
+    """MMA_N, the strips of a row and the units of work of a group of channels."""
+    height, width = output_size(a)
+    dtype = hopper.OPERANDS[a.input.dtype]
+    form, mma_n = FORMS[dtype], columns(width, a.weight.shape[2], dtype)
+    strips = -(-width // form.strip(mma_n))
+    return mma_n, strips, a.input.shape[0] * strips * -(-height // form.rows)
 
 
 def output_size(a: Arguments) -> tuple[int, int]:
@@ -116,9 +162,8 @@ def refusal(a: Arguments) -> str | None:
         return f"has square kernels of {', '.join(map(str, KERNELS))}, not {kernel[0]} x {kernel[1]}"
     if list(a.stride) != [1, 1]:
         return f"has stride 1, not {list(a.stride)}"
-    height, width = output_size(a)
     # A unit of work is at least one pixel; offsets within an input row and padded sizes are 32-bit.
-    if a.input.shape[0] * height * -(-width // (2 * columns(width))) >= _MAXIMUM:
+    if units(a)[-1] >= _MAXIMUM:
         return "the picture has too many rows"
     if a.input.shape[3] * a.input.stride(3) >= _MAXIMUM:
         return "the pixels of a row lie too far apart"
@@ -126,26 +171,40 @@ def refusal(a: Arguments) -> str | None:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """``weight`` (O, C, K, K) as (groups of 32 channels, steps, 2 chunks, 64 rows, 2 pixels x 4 channels).
+    """``weight`` as ``arranged`` has it for its dtype, float32 rounded to TF32."""
+    return arranged(tf32.rounded(weight), FORMS[hopper.OPERANDS[weight.dtype]])
 
-    Row 32 p + o of a chunk is channel o for pixel p of a pair. The steps: two chunks of an input row, row by
-    row; then, where rows have an odd number of chunks, the last chunks of the rows (0, 1), (2, 3), ... and,
-    behind zeros, of the last row, for a unit whose first row has an even slot; then those of the rows (1, 2),
-    (3, 4), ... and of row 0, for an odd one.
+
+def arranged(weight: Tensor, form: Form) -> Tensor:
+    """``weight`` (O, C, K, K) as (groups of 32 channels, steps, 2 chunks, 64 rows, pixels x 4 channels).
+
+    Row 32 p + o of a chunk is channel o for output p of a column: a pixel of the pair, or its pixel in one of
+    two rows. The steps: two chunks of an input row, row by row; then, where rows have an odd number of
+    chunks, the last chunks of the rows (0, 1), (2, 3), ... and, of an odd number of rows, behind zeros, of
+    the last one, for a unit whose first row has an even slot; and then, of an odd number of rows, those of
+    the rows (1, 2), (3, 4), ... and of row 0, for an odd slot.
     """
     out_channels, channels, kernel, _ = weight.shape
-    groups, chunks = -(-out_channels // GROUP), (kernel + 1) // 2
-    windows = weight.new_zeros(2, groups * GROUP, 4, kernel, kernel + 1)
-    for pixel in (0, 1):
-        windows[pixel, :out_channels, :channels, :, pixel : pixel + kernel] = weight
-    rows = windows.view(2, groups, GROUP, 4, kernel, chunks, 2).permute(1, 4, 5, 0, 2, 6, 3)
-    rows = rows.reshape(groups, kernel, chunks, 2 * GROUP, 8)
-    parts = [rows[:, :, : chunks // 2 * 2].reshape(groups, -1, 2, 2 * GROUP, 8)]
+    groups, count, chunks = -(-out_channels // GROUP), form.input_rows(kernel), form.chunks(kernel)
+    windows = weight.new_zeros(2, groups * GROUP, 4, count, chunks * form.adjacent)
+    for output in (0, 1):
+        y, x = (0, output) if form.rows == 1 else (output, 0)
+        windows[output, :out_channels, :channels, y : y + kernel, x : x + kernel] = weight
+    rows = windows.view(2, groups, GROUP, 4, count, chunks, form.adjacent).permute(1, 4, 5, 0, 2, 6, 3)
+    rows = rows.reshape(groups, count, chunks, 2 * GROUP, 4 * form.adjacent)
+
+    def whole_steps(chunks: Tensor) -> Tensor:
+        return chunks.reshape(groups, -1, 2, 2 * GROUP, 4 * form.adjacent)
+
+    parts = [whole_steps(rows[:, :, : chunks // 2 * 2])]
     if chunks % 2:
         last = rows[:, :, -1]
-        for first, alone in ((0, kernel - 1), (1, 0)):
-            parts.append(last[:, first : first + kernel - 1].reshape(groups, -1, 2, 2 * GROUP, 8))
-            parts.append(torch.stack((torch.zeros_like(last[:, alone]), last[:, alone]), 1)[:, None])
+        if count % 2 == 0:
+            parts.append(whole_steps(last))
+        else:
+            for first, alone in ((0, kernel - 1), (1, 0)):
+                parts.append(whole_steps(last[:, first : first + kernel - 1]))
+                parts.append(whole_steps(torch.stack((torch.zeros_like(last[:, alone]), last[:, alone]), 1)))
     return torch.cat(parts, 1)
 
 
@@ -157,18 +216,19 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out_height, out_width = output_size(a)
     out = empty_image((n, out_channels, out_height, out_width), a.input, True)
     mean, variance = hopper.statistics_outputs(a)
+    dtype, kernel = hopper.OPERANDS[a.input.dtype], a.weight.shape[2]
+    mma_n, strips, count = units(a)
     variant = Variant(
-        hopper.SIXTEEN_BIT[a.input.dtype], channels, a.weight.shape[2], columns(out_width),
+        dtype, channels, kernel, mma_n,
         PADS[a.padding_mode], a.statistics, a.bias is not None, activation.code(a.output_activation),
     )  # fmt: skip
-    strips = -(-out_width // (2 * variant.mma_n))
     groups = -(-out_channels // GROUP)
     index = a.input.device.index
-    blocks = min(n * strips * out_height, multiprocessors(index) // groups)
+    blocks = min(count, multiprocessors(index) // groups)
     weights = packed(a.weight, "first_conv", pack)
-    box = (GROUP, 1, BOXES[variant.mma_n])
+    box = (GROUP, 1, FORMS[dtype].boxes[mma_n])
     _kernel(index, variant, weights.launch_mode).launch(
-        (groups * blocks, 1, 1), 384, variant.shared_bytes(),
+        (groups * blocks, 1, 1), 384, FORMS[dtype].shared_bytes(kernel, mma_n),
         (channels_last_map(out.data_ptr(), out.dtype, tuple(out.shape), box, 1), pointer(a.input),
          weights.weight.data_ptr(), pointer(a.bias), activation.arguments(a.output_activation),
          *hopper.sums_arguments(a, mean, variance),

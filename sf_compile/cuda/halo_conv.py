@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sf_compile.cuda import activation, hopper
+from sf_compile.cuda import activation, hopper, tf32
 from sf_compile.cuda.launcher import Kernel, load
 from sf_compile.cuda.layout import PADS, is_channels_last, multiprocessors, pointer
 from sf_compile.cuda.packing import packed
@@ -20,7 +20,7 @@ from sf_compile.ops.library import empty_image
 SOURCE = "halo_conv.cu"
 _THREADS = 384
 _TILE_H, _TILE_W = 8, 32
-_ROUND = 4  # columns of a tile that are stored at a time
+_ROUND = {0: 2, 1: 4, 2: 4}  # columns of a tile that are stored at a time, by DTYPE
 _ACTIVATIONS = 2 * activation.SIGNATURE  # of the input, of the output
 _SIGNATURE = "P" + hopper.NORM_SIGNATURE + _ACTIVATIONS + "PP" + hopper.SUMS_SIGNATURE + "iiiiiiiiiqq"
 _MOST_SLOTS = 8
@@ -56,9 +56,21 @@ class Variant(NamedTuple):
     output_activation: int
 
     @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of a picture."""
+        return 4 if self.dtype == 0 else 2
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of a pixel that the ring's slots hold: 32 where 64 are too empty, too few or too large."""
+        whole = self.channels * self.element_bytes
+        small = whole <= 32 or (self.stride == 2 and whole > 64) or self._memory(64) is None
+        return 32 if small else 64
+
+    @property
     def slot_channels(self) -> int:
-        """Channels that the ring's slots hold: 16 where slots of 32 would be too empty, or too few."""
-        return 16 if self.channels <= 16 or (self.stride == 2 and self.channels > 32) else 32
+        """Channels that the ring's slots hold."""
+        return self.pixel_bytes // self.element_bytes
 
     @property
     def depth(self) -> int:
@@ -88,20 +100,21 @@ class Variant(NamedTuple):
         rows, columns = self.taps
         return _TILE_H + (rows - 1) // self.stride, _TILE_W + (columns - 1) // self.stride
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights of one slot's channels for one row block."""
-        return self.taps[0] * self.taps[1] * 64 * self.slot_channels * 2
-
-    @functools.cache  # noqa: B019 - variants are few and live as long as the process anyway
     def memory(self) -> Memory | None:
         """How a block's shared memory is used; None where it does not suffice."""
+        return self._memory(self.pixel_bytes)
+
+    @functools.cache  # noqa: B019 - variants are few and live as long as the process anyway
+    def _memory(self, pixel_bytes: int) -> Memory | None:
+        """The same with slots of ``pixel_bytes`` a pixel."""
+        depth = -(-self.channels * self.element_bytes // pixel_bytes)
         rows, columns = self.plane
-        picture = self.stride**2 * -(-rows * columns * self.slot_channels * 2 // 512) * 512
-        fixed = _STAGES_BYTES + self.depth * self.slot_channels * 8 + 8 * (3 * _MOST_SLOTS + self.depth + 3)
+        picture = self.stride**2 * -(-rows * columns * pixel_bytes // 512) * 512
+        all_affines = depth * pixel_bytes // self.element_bytes * 8
+        fixed = _STAGES_BYTES + all_affines + 8 * (3 * _MOST_SLOTS + depth + 3)
         room = hopper.SHARED_BYTES - fixed
         for streamed in (False, True):
-            weights = self.weight_bytes * (1 if streamed else self.depth)
+            weights = self.taps[0] * self.taps[1] * 64 * pixel_bytes * (1 if streamed else depth)
             held, slot = (0, picture + weights) if streamed else (weights, picture)
             slots = min((room - held) // slot, _MOST_SLOTS)
             if slots >= 2:
@@ -146,7 +159,7 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
         (64, 32, 3, 1, True, 1, True, True, True, False, False),
     ]
     for channels, out, kernel, *rest in kinds:
-        for dtype in hopper.SIXTEEN_BIT.values():
+        for dtype in hopper.OPERANDS.values():
             variant = Variant(dtype, dtype, channels, out, kernel, kernel, *rest)  # type: ignore[arg-type]
             yield SOURCE, variant.constants()
     plain = Variant(1, 1, 64, 64, 3, 3, 1, False, 2, 0, False, False, True, 0)
@@ -166,7 +179,7 @@ def _variant(a: Arguments) -> Variant:
     if subpixel and pad == PADS["reflect"]:
         pad = PADS["replicate"]  # what reflecting the enlarged picture by one pixel comes to
     return Variant(
-        hopper.SIXTEEN_BIT[a.input.dtype], hopper.parameter(a) or 0, a.input.shape[1], a.out_channels,
+        hopper.OPERANDS[a.input.dtype], hopper.parameter(a) or 0, a.input.shape[1], a.out_channels,
         kh, kw, stride, subpixel, pad, activation.code(a.activation), a.normalizes, a.statistics,
         a.bias is not None, activation.code(a.output_activation),
     )  # fmt: skip
@@ -268,10 +281,12 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         top = left = 1  # windows begin where those of a picture enlarged by 2 do
     weights = packed(a.weight, form, pack)
     box = (variant.slot_channels, *variant.plane)
-    maps = [channels_last_map(x.data_ptr(), x.dtype, (n, c, h, w), box, variant.stride)]
-    box = (min(variant.phase_rows, 64), _TILE_H, _ROUND)
+    exact = a.normalizes  # rounded to TF32 when it is finished, else by the copy
+    maps = [channels_last_map(x.data_ptr(), x.dtype, (n, c, h, w), box, variant.stride, to_tf32=not exact)]
+    box = (min(variant.phase_rows, 64, 128 // variant.element_bytes), _TILE_H, _ROUND[variant.dtype])
     if variant.subpixel:
-        parities = [out.data_ptr() + 2 * o * (p * out_w + q) for p in (0, 1) for q in (0, 1)]
+        pixel = variant.element_bytes * o
+        parities = [out.data_ptr() + pixel * (p * out_w + q) for p in (0, 1) for q in (0, 1)]
         shape = (n, o, h, w)
         outputs = [channels_last_map(at, x.dtype, shape, box, spread=2) for at in parities]
         maps.append(TensorMap.joined(outputs))
@@ -291,7 +306,7 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _pack(variant: Variant, weight: Tensor) -> Tensor:
-    """Weights (O, C, kh, kw) as (row block, slot, tap, chunk of 8 channels, 64 rows, 8 channels)."""
+    """Weights (O, C, kh, kw) as (row block, slot, tap, chunk of 16 bytes of channels, 64 rows, channels)."""
     return _rows(variant, subpixel_weights(weight) if variant.subpixel else weight[None])
 
 
@@ -306,7 +321,9 @@ def _rows(variant: Variant, taps: Tensor) -> Tensor:
     depth = variant.depth * variant.slot_channels
     rows = taps.new_zeros((len(taps), variant.phase_rows, depth, *taps.shape[3:]))
     rows[:, :o, :c] = taps
-    blocks = rows.reshape(variant.row_blocks, 64, variant.depth, variant.slot_channels // 8, 8, -1)
+    chunk = 16 // variant.element_bytes
+    slot = variant.slot_channels // chunk, chunk
+    blocks = tf32.rounded(rows).reshape(variant.row_blocks, 64, variant.depth, *slot, -1)
     return blocks.permute(0, 2, 5, 3, 1, 4).contiguous()
 
 

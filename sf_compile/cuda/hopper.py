@@ -1,16 +1,20 @@
 """What the fused convolutions, of compute capability 9.0 and in general, have in common on the host side.
 
-Their kernels convolve on the tensor cores with 16-bit operands and fp32 accumulation, apply the producer's
-norm on the way in and take the statistics of their own output on the way out.
+Their kernels convolve on the tensor cores with 16-bit operands, or float32 ones in TF32, and fp32
+accumulation, apply the producer's norm on the way in and take the statistics of their own output on the way
+out.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Container
 
 import torch
 from torch import Tensor
 
+from sf_compile.cuda import tf32
 from sf_compile.cuda.compiler import usable_or_warn
 from sf_compile.cuda.layout import dense_channels, image_stride, parameter_dtype, pointer
 from sf_compile.cuda.workspace import zeroed
@@ -21,7 +25,10 @@ SHARED_BYTES = 232_448
 """Shared memory that a block may have on compute capability 9.0 (CUDA C++ Programming Guide, 227 KB)."""
 
 SIXTEEN_BIT = {torch.float16: 1, torch.bfloat16: 2}
-"""The dtypes that the kernels compute in, with the value of their DTYPE constant."""
+"""The dtypes that all kernels compute in, with the value of their DTYPE constant."""
+
+OPERANDS = {torch.float32: 0, **SIXTEEN_BIT}
+"""The dtypes of pictures that kernels for 9.0 convolve, float32 in TF32."""
 
 NORM_SIGNATURE = "PPPPfqqq"
 SUMS_SIGNATURE = "PPP"
@@ -29,28 +36,42 @@ _HEADER_BYTES = 16
 _TOTAL_BYTES = 8 * (4 * 8 + 2)  # of an (image, channel): four totals in eight copies, and two counts
 
 
+KERNELS = "STYLEFORGE_KERNELS"
+"""The environment variable that names the kernels to use: ``auto``, or ``general``, those of every GPU."""
+
+
 @functools.cache
-def _is_hopper(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) == (9, 0)
+def available(index: int) -> bool:
+    """Whether CUDA device ``index`` runs the kernels for compute capability 9.0, which may not be wanted.
+
+    Raises:
+        ValueError: ``STYLEFORGE_KERNELS`` is neither ``auto`` nor ``general``.
+    """
+    wanted = os.environ.get(KERNELS) or "auto"
+    if wanted not in ("auto", "general"):
+        raise ValueError(f"styleforge: {KERNELS}={wanted} names no kernels; valid: auto, general")
+    return wanted == "auto" and torch.cuda.get_device_capability(index) == (9, 0)
 
 
 def runs_on(x: Tensor) -> bool:
     """Whether ``x`` is a picture in a dtype and on a device that kernels of this family run on."""
-    on_hopper = x.is_cuda and _is_hopper(x.device.index)
+    on_hopper = x.is_cuda and available(x.device.index)
     return on_hopper and x.dtype in SIXTEEN_BIT and x.numel() > 0 and usable_or_warn()
 
 
 def refusal(a: Arguments) -> str | None:
     """Why no kernel of this family runs ``a``; None where one may."""
-    if not a.input.is_cuda or not _is_hopper(a.input.device.index):
+    if not a.input.is_cuda or not available(a.input.device.index):
         return "the fused convolutions need compute capability 9.0"
-    return operand_refusal(a)
+    if a.input.dtype == torch.float32 and not tf32.allowed():
+        return "PyTorch's settings forbid TF32 in convolutions"
+    return operand_refusal(a, OPERANDS)
 
 
-def operand_refusal(a: Arguments) -> str | None:
-    """Why no kernel takes the tensors of ``a``, on whatever GPU; None where one may."""
-    if a.input.dtype not in SIXTEEN_BIT:
-        return f"the fused convolutions compute in float16 and bfloat16, not in {a.input.dtype}"
+def operand_refusal(a: Arguments, dtypes: Container[torch.dtype] = SIXTEEN_BIT) -> str | None:
+    """Why no kernel for ``dtypes`` takes the tensors of ``a``, on whatever GPU; None where one may."""
+    if a.input.dtype not in dtypes:
+        return f"the fused convolutions do not compute in {a.input.dtype}"
     if a.input.numel() == 0:
         return "the picture is empty"
     if parameter(a) is None:

@@ -6,9 +6,10 @@ import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from sf_compile.cuda import activation, hopper
+from sf_compile.cuda import activation, hopper, tf32
 from sf_compile.cuda.activation import CLAMPED, FLOOR, IDENTITY, LEAKY, RECTIFIED, TANH
 from sf_compile.cuda.launcher import Kernel, load
 from sf_compile.cuda.layout import PADS, is_channels_last, multiprocessors, pointer
@@ -17,18 +18,19 @@ from sf_compile.ops.conv2d import Arguments, absent
 from sf_compile.ops.library import empty_image
 
 SOURCE = "last_conv.cu"
-COLUMNS = (128, 184, 200)
-"""Values of MMA_N to choose from: with more, a thread's share of the product and the weights would spill."""
+COLUMNS = {0: (96, 136, 200), 1: (128, 184, 200), 2: (128, 184, 200)}
+"""Values of MMA_N to choose from, for each DTYPE: with more, a thread's share of the product would spill."""
 
 _THREADS = 384
 _SIGNATURE = "PP" + hopper.NORM_SIGNATURE + "PP" + "iiiiiiiii" + 2 * activation.SIGNATURE
 _CHANNELS = (8, 16, 32, 64)
 _KERNELS = (3, 5, 7, 9)
 _MOST_PLANES = 32  # for one output row: half the rows of a product
+_MOST_COLUMN_BYTES = 128  # what the operand's swizzle spans
 _MOST_SLOTS = 16
 _BARRIER_BYTES = 512
 # Weights and a product that a thread holds in registers, of its 216.
-_MOST_REGISTERS = 180
+_MOST_REGISTERS = 184
 # What a unit of work costs beside its products, in columns: choosing MMA_N is a matter of a few percent.
 _UNIT_COLUMNS = 16
 
@@ -46,14 +48,24 @@ class Variant(NamedTuple):
     output_activation: int = FLOOR
 
     @property
+    def element_bytes(self) -> int:
+        """Bytes of an input's element; as an operand it has as many."""
+        return 2 if self.dtype else 4
+
+    @property
     def pixels(self) -> int:
         """Pixels that make a column of the product."""
         return 2 if self.channels < 32 else 1
 
     @property
+    def column_bytes(self) -> int:
+        """What a column has of one input row."""
+        return self.pixels * self.channels * self.element_bytes
+
+    @property
     def steps(self) -> int:
-        """Products, 16 deep, of a unit: over its input rows and the channels of a column."""
-        return (self.kernel + 1) * self.pixels * self.channels // 16
+        """Products, 32 bytes deep, of a unit: over its input rows and the channels of a column."""
+        return (self.kernel + 1) * self.column_bytes // 32
 
     @property
     def strip(self) -> int:
@@ -66,9 +78,10 @@ class Variant(NamedTuple):
         return (self.kernel + self.pixels - 1) * self.out_channels
 
     @property
-    def held(self) -> bool:
-        """Whether the weights are kept in registers."""
-        return 4 * self.steps + self.mma_n // 2 <= _MOST_REGISTERS
+    def held(self) -> int:
+        """Steps whose weights are kept in registers: all of them, or of float32 the first that find room."""
+        room = (_MOST_REGISTERS - self.mma_n // 2) // 4
+        return self.steps if self.steps <= room else 0 if self.dtype else room
 
     @property
     def pitch(self) -> int:
@@ -79,8 +92,8 @@ class Variant(NamedTuple):
 
     def memory(self) -> tuple[int, int] | None:
         """(slots of the ring, bytes of dynamic shared memory); None where too few input rows fit."""
-        fixed = 2 * self.planes * self.pitch * 4 + (0 if self.held else self.steps * 2048) + _BARRIER_BYTES
-        row = self.mma_n * self.pixels * self.channels * 2
+        fixed = 2 * self.planes * self.pitch * 4 + (self.steps - self.held) * 2048 + _BARRIER_BYTES
+        row = self.mma_n * self.column_bytes
         slots = min(_MOST_SLOTS, (hopper.SHARED_BYTES - fixed) // row)
         # A unit reads kernel + 1 rows at once; one more lets copies run ahead.
         return (slots, slots * row + fixed) if slots >= self.kernel + 2 else None
@@ -95,14 +108,14 @@ class Variant(NamedTuple):
         assert memory is not None
         return {
             **{name.upper(): int(value) for name, value in self._asdict().items()},
-            "SLOTS": memory[0], "PITCH": self.pitch, "HELD": int(self.held),
+            "SLOTS": memory[0], "PITCH": self.pitch, "HELD": self.held,
         }  # fmt: skip
 
 
 def variants() -> Iterator[tuple[str, dict[str, int]]]:
     """(source, constants) of the last layers of the networks that this package knows, and of smaller ones."""
     for dtype in hopper.SIXTEEN_BIT.values():
-        for mma_n in COLUMNS:
+        for mma_n in COLUMNS[dtype]:
             for channels in (16, 32):
                 yield SOURCE, Variant(dtype, dtype, channels, 3, 9, RECTIFIED, mma_n).constants()
         yield SOURCE, Variant(dtype, 0, 64, 3, 7, RECTIFIED, 128).constants()
@@ -112,6 +125,13 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
         yield SOURCE, Variant(dtype, dtype, 8, 4, 7, RECTIFIED, 128).constants()
         yield SOURCE, Variant(dtype, dtype, 64, 3, 7, RECTIFIED, 128, TANH).constants()
         yield SOURCE, Variant(dtype, dtype, 32, 3, 9, LEAKY, 200, CLAMPED).constants()
+    for channels, mma_n in ((8, 200), (16, 96), (16, 136), (32, 96), (32, 136)):
+        yield SOURCE, Variant(0, 0, channels, 3, 9, RECTIFIED, mma_n).constants()
+    yield SOURCE, Variant(0, 0, 32, 3, 7, RECTIFIED, 136, TANH).constants()
+    yield SOURCE, Variant(0, 0, 32, 3, 9, LEAKY, 136, CLAMPED).constants()
+    yield SOURCE, Variant(0, 0, 32, 1, 9, IDENTITY, 96).constants()
+    yield SOURCE, Variant(0, 0, 32, 3, 3, IDENTITY, 200).constants()
+    yield SOURCE, Variant(0, 0, 16, 4, 5, LEAKY, 200).constants()
 
 
 def _output_size(a: Arguments) -> tuple[int, int]:
@@ -130,7 +150,7 @@ def _fastest(
     ``output`` is (N, H, W).
     """
     constants = dtype, parameter, channels, out_channels, kernel, function
-    kinds = [Variant(*constants, mma_n, output_function) for mma_n in COLUMNS]
+    kinds = [Variant(*constants, mma_n, output_function) for mma_n in COLUMNS[dtype]]
     fitting = [kind for kind in kinds if kind.memory() is not None]
 
     def time(kind: Variant) -> int:
@@ -142,7 +162,7 @@ def _fastest(
 def _variant(a: Arguments) -> Variant | None:
     o, c, k, _ = a.weight.shape
     return _fastest(
-        multiprocessors(a.input.device.index), hopper.SIXTEEN_BIT[a.input.dtype], hopper.parameter(a) or 0,
+        multiprocessors(a.input.device.index), hopper.OPERANDS[a.input.dtype], hopper.parameter(a) or 0,
         c, o, k, activation.code(a.activation), activation.shared_code(a.output_activation),
         (a.input.shape[0], *_output_size(a)),
     )  # fmt: skip
@@ -164,6 +184,8 @@ def refusal(a: Arguments) -> str | None:
         return f"upsampling by {a.upsample} and stride {tuple(a.stride)}: the last layer has neither"
     if c not in _CHANNELS or not 1 <= o <= 4:
         return f"{c} -> {o} channels are not one of {_CHANNELS} -> 1 to 4"
+    if c * a.input.element_size() > _MOST_COLUMN_BYTES:
+        return f"{c} channels of {a.input.dtype} are more than {_MOST_COLUMN_BYTES} bytes a pixel"
     if kh != kw or kh not in _KERNELS or o * kw > _MOST_PLANES:
         return f"a {kh}x{kw} kernel to {o} channels"
     if _output_size(a)[0] < 3:
@@ -227,14 +249,14 @@ def product_rows(variant: Variant, weight: Tensor) -> Tensor:
 
 
 def pack(variant: Variant, weight: Tensor) -> Tensor:
-    """``product_rows`` in the order the kernel reads it, by steps of 16 columns.
+    """``product_rows``, float32 rounded to TF32, in the order the kernel reads it, by steps of 32 bytes.
 
-    In registers: (step, thread, 8 values of the product's register fragment, PTX ISA). In shared memory:
-    (step, half of 8 columns, 64 rows, 8 columns).
+    A step held in registers is (thread, four words of the product's register fragment, PTX ISA), one behind,
+    of shared memory, is (half of 16 bytes, 64 rows, 16 bytes).
     """
-    rows = product_rows(variant, weight)
-    if variant.held:
-        # warp, row half, lane / 4, step, column half, lane % 4, neighbour
-        fragments = rows.reshape(4, 2, 8, variant.steps, 2, 4, 2)
-        return fragments.permute(3, 0, 2, 5, 4, 1, 6).reshape(variant.steps, 128, 8).contiguous()
-    return rows.reshape(64, variant.steps, 2, 8).permute(1, 2, 0, 3).contiguous()
+    held, word = variant.held, 4 // variant.element_bytes
+    rows = tf32.rounded(product_rows(variant, weight)).reshape(64, variant.steps, 8 * word)
+    # warp, row half, lane / 4, step, column half, lane % 4, neighbour
+    fragments = rows[:, :held].reshape(4, 2, 8, held, 2, 4, word).permute(3, 0, 2, 5, 4, 1, 6)
+    shared = rows[:, held:].reshape(64, variant.steps - held, 2, 4 * word).permute(1, 2, 0, 3)
+    return torch.cat((fragments.reshape(held, 512 * word), shared.reshape(variant.steps - held, 512 * word)))

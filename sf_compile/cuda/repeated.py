@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from sf_compile.cuda import tf32
 from sf_compile.cuda.recorder import Recorder
 from sf_compile.cuda.recording import NotReplayable, Recording, resolve
 from sf_compile.cuda.replay import Replay
@@ -124,7 +125,7 @@ class Repeated:
             return self._inner(*inputs)
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         key = (
-            positions, stream, positions.numbers(inputs),
+            positions, stream, tf32.allowed(), positions.numbers(inputs),
             *((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16, x.is_neg()) for x in tensors),
         )  # fmt: skip
         kind = self._kind(key, parameters)

@@ -40,15 +40,16 @@ class TensorMap(bytes):
 @functools.lru_cache(maxsize=1024)
 def channels_last_map(
     address: int, dtype: torch.dtype, shape: tuple[int, int, int, int], box: tuple[int, int, int],
-    step: int = 1, spread: int = 1,
+    step: int = 1, spread: int = 1, to_tf32: bool = False,
 ) -> TensorMap:  # fmt: skip
     """A map, 128 bytes, of a dense channels_last picture, its dimensions ordered C, H, W, N.
 
-    ``address`` of the first element (a multiple of 16) and ``shape`` (N, C, H, W) of a float16 or bfloat16
-    tensor whose C is a multiple of 8. ``box`` is what one copy moves: channels (a row of 32, 64 or 128 bytes,
-    swizzled by its size), rows and columns; with ``step`` 2 it takes every other row and column. With
-    ``spread`` 2 the picture's rows and columns are every other one of a picture twice as high and wide. What
-    lies outside the picture arrives as zeros and is not written; a copy to the picture must not start there.
+    ``address`` of the first element (a multiple of 16) and ``shape`` (N, C, H, W) of a float32, float16 or
+    bfloat16 tensor whose pixels are a multiple of 16 bytes. ``box`` is what one copy moves: channels (a row
+    of 32, 64 or 128 bytes, swizzled by its size), rows and columns. ``step`` 2 takes every other of these;
+    with ``spread`` 2 the picture's rows and columns are every other one of a picture twice as high and wide.
+    What lies outside the picture arrives as zeros and is not written; a copy to it must not start there.
+    With ``to_tf32`` copies from it round float32 to TF32.
     Raises KernelLaunchError for what the driver rejects.
     """
     from cuda.bindings import driver
@@ -56,10 +57,10 @@ def channels_last_map(
     enter_context(driver)
     n, c, h, w = shape
     channels, rows, columns = box
-    kinds, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
-    half = dtype == torch.float16
-    kind = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if half else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-    swizzle = getattr(swizzles, f"CU_TENSOR_MAP_SWIZZLE_{SWIZZLES[2 * channels]}")
+    size = dtype.itemsize
+    name = "TFLOAT32" if to_tf32 and size == 4 else str(dtype).removeprefix("torch.").upper()
+    kind = getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{name}")
+    swizzle = getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{SWIZZLES[size * channels]}")
 
     def sizes(*values: int) -> list[object]:
         return [driver.cuuint64_t(value) for value in values]
@@ -72,7 +73,7 @@ def channels_last_map(
         f"cuTensorMapEncodeTiled of a {tuple(shape)} picture with boxes {box} and step {step}",
         driver.cuTensorMapEncodeTiled(
             kind, 4, address, sizes(c, h, w, n),
-            sizes(2 * w * c * spread**2, 2 * c * spread, 2 * h * w * c * spread**2),
+            sizes(size * w * c * spread**2, size * c * spread, size * h * w * c * spread**2),
             counts(channels, (rows - 1) * step + 1, (columns - 1) * step + 1, 1), counts(1, step, step, 1),
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -82,5 +83,5 @@ def channels_last_map(
     return TensorMap.of(
         address,
         ctypes.string_at(int(encoded.getPtr()), 128),
-        lambda other: channels_last_map(other, dtype, shape, box, step, spread),
+        lambda other: channels_last_map(other, dtype, shape, box, step, spread, to_tf32),
     )

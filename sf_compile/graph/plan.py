@@ -89,16 +89,17 @@ def layout_of(node: fx.Node) -> bool:
 def prefers_channels_last(value: torch.Tensor, options: Options) -> bool:
     """The layout of a tensor that only fused ops see.
 
-    16-bit convolutions run on a GPU's tensor cores in channels_last, and oneDNN's on a CPU do too.
-    Float32 on a GPU keeps the layout that the model has, so that cuDNN is asked what eager PyTorch asks
-    it: where TF32 is allowed another layout can mean another precision, as for a first layer of three
-    channels.
+    Convolutions run on a GPU's tensor cores in channels_last, and oneDNN's on a CPU do too. Float32 on a GPU
+    where TF32 is forbidden keeps the model's layout, so that cuDNN is asked what eager PyTorch asks.
     """
     if options.layout != "auto":
         return options.layout == "channels_last"
     if value.dtype == torch.float32 and value.device.type == "cpu":
         return True
     if value.dtype in (torch.float16, torch.bfloat16):
+        return True
+    tensor_cores = torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
+    if value.dtype == torch.float32 and value.device.type == "cuda" and tensor_cores:
         return True
     return not statically_known_true(value.stride(3) == 1) and statically_known_true(value.stride(1) == 1)
 

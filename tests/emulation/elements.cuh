@@ -9,6 +9,7 @@ template <> DEVICE float to_float<0>(float value) { return value; }
 template <> DEVICE float to_float<1>(u16 value) { return (float)emulator::argument<_Float16>(value); }
 template <> DEVICE float to_float<2>(u16 value) { return __uint_as_float((u32)value << 16); }
 template <int kDtype> DEVICE typename Storage<kDtype>::type from_float(float value);
+template <> DEVICE float from_float<0>(float value) { return value; }
 template <> DEVICE u16 from_float<1>(float value) {
   const _Float16 half = (_Float16)value;
   u16 bits;
@@ -26,8 +27,8 @@ template <int kDtype> DEVICE u32 pack(float first, float second) {
 }
 typedef Storage<DTYPE>::type element;
 typedef Storage<PARAMETER>::type parameter;
-DEVICE float low(u32 pair) { return to_float<DTYPE>((u16)pair); }
-DEVICE float high(u32 pair) { return to_float<DTYPE>((u16)(pair >> 16)); }
+DEVICE float low(u32 pair) { return to_float<DTYPE ? DTYPE : 1>((u16)pair); }
+DEVICE float high(u32 pair) { return to_float<DTYPE ? DTYPE : 1>((u16)(pair >> 16)); }
 DEVICE float clamp_below(float y, float lower) { return y != y || y > lower ? y : lower; }
 template <int kCount> struct alignas(kCount * sizeof(element)) Vector {
   element values[kCount];

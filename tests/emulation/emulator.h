@@ -148,9 +148,15 @@ template <class T> T argument(u64 bits) {
   std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
-template <class... A, size_t... I>
-void call(void (*function)(A...), const u64* values, std::index_sequence<I...>) {
-  function(argument<A>(values[I])...);
+// The next argument of a launch, which has a multiple of 8 bytes.
+template <class T> T taken(const u64*& values) {
+  T value;
+  std::memcpy(&value, values, sizeof(T));
+  values += (sizeof(T) + 7) / 8;
+  return value;
+}
+template <class... A> void call(void (*function)(A...), const u64* values) {
+  std::apply(function, std::tuple<A...>{taken<A>(values)...});  // from the first to the last
 }
 }  // namespace emulator
 
@@ -160,7 +166,7 @@ namespace emulator {
 template <class... A>
 void launch(void (*function)(A...), u32 grid, u32 threads, u32 shared_bytes, const u64* values, u32 seed) {
   state = seed, gridDim.x = grid, shared_size = shared_bytes;
-  kernel = [=] { call(function, values, std::index_sequence_for<A...>()); };
+  kernel = [=] { call(function, values); };
   const u32 pages = (shared_bytes + 4095) / 4096 * 4096;
   mprotect(memory + pages, sizeof(memory) - pages, PROT_NONE);
   for (u32 block = 0; block < grid; block++) {
