@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Options", "Report", "__version__", "compile", "explain", "models", "nn"]
+__all__ = ["Options", "Report", "__version__", "compile", "explain", "models", "nn", "pipeline"]
 
 if TYPE_CHECKING:
-    from sf_compile import models, nn
+    from sf_compile import models, nn, pipeline
     from sf_compile.export import compile
     from sf_compile.options import Options
     from sf_compile.report import Report, explain
@@ -31,6 +31,6 @@ def __getattr__(name: str) -> Any:
 
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    if name in ("models", "nn"):
+    if name in ("models", "nn", "pipeline"):
         return importlib.import_module(f"sf_compile.{name}")
     raise AttributeError(f"module 'sf_compile' has no attribute {name!r}")

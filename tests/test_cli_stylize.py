@@ -29,7 +29,9 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def run(weights, capsys):
     def call(photo, output, *more, style=weights):
-        words = ["stylize", photo, "-o", output, "--weights", style, "--device", "cpu", "--no-compile", *more]
+        photos = photo if isinstance(photo, list) else [photo]
+        words = ["stylize", *photos, "-o", output, "--weights", style, "--device", "cpu", "--no-compile"]
+        words += more
         code = main([str(word) for word in words])
         out, err = capsys.readouterr()
         return code, out, err
@@ -288,3 +290,73 @@ def test_bad_use_exits_with_2(capsys):
             main(words)
         assert caught.value.code == 2
     assert "usage: styleforge" in capsys.readouterr().err
+
+
+def folder_of(path, *names, size=(8, 12)):
+    path.mkdir()
+    for seed, name in enumerate(names):
+        saved(path / name, pixels(*size, seed=seed))
+    return path
+
+
+def test_several_photos_and_folders_become_pictures_in_a_folder(run, tmp_path, weights):
+    album = folder_of(tmp_path / "album", "b.png", "a.bmp")
+    (album / "notes.txt").write_text("no picture")
+    single = saved(tmp_path / "c.png", pixels(9, 14, 4))
+    code, out, err = run([album, single], tmp_path / "new" / "out")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert [line.split(":")[0].split("/")[-1] for line in lines[:3]] == ["a.bmp", "b.png", "c.png"]
+    assert lines[3].startswith("3 pictures, ") and len(lines) == 4
+    for name, source in (("a.bmp", album / "a.bmp"), ("b.png", album / "b.png"), ("c.png", single)):
+        result = opened(tmp_path / "new" / "out" / name)
+        rgb = np.asarray(opened(source).convert("RGB"))
+        assert np.array_equal(np.asarray(result)[..., :3], stylized(rgb, weights))
+    assert np.array_equal(np.asarray(result)[..., 3], pixels(9, 14, 4)[..., 3])
+
+
+def test_a_photo_that_fails_among_several_is_named_and_the_others_are_made(run, tmp_path):
+    album = folder_of(tmp_path / "album", "a.png", "c.png")
+    (album / "b.png").write_bytes(b"no picture")
+    code, out, err = run(album, tmp_path / "out")
+    assert code == 1
+    assert err == f"styleforge stylize: {album / 'b.png'}: not a picture that Pillow can read\n"
+    assert "2 pictures" in out.splitlines()[-1]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "c.png"]
+
+
+def test_too_little_memory_among_several_names_the_photo(run, tmp_path, monkeypatch):
+    forward = models.TransformerNet.forward
+
+    def full(self, x):
+        if x.shape[2] == 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, x)
+
+    monkeypatch.setattr(models.TransformerNet, "forward", full)
+    album = folder_of(tmp_path / "album", "a.png", "b.png")
+    saved(album / "a.png", pixels(16, 8))
+    code, out, err = run(album, tmp_path / "out")
+    assert code == 1 and f"{album / 'a.png'}: not enough memory on cpu for 8x16 pixels" in err
+    assert "1 pictures" in out
+
+
+@pytest.mark.parametrize(
+    ("names", "output", "part"),
+    [
+        (["album", "c.png"], "out.png", "one picture for 3 photos; name a folder"),
+        (["album", "album/a.png"], "out", "would both become"),
+        (["album"], "album", "would replace the photo itself"),
+        (["empty"], "out", "no pictures in this folder"),
+        (["album"], "c.png/out", "cannot be a folder"),
+    ],
+)
+def test_impossible_outputs_of_several_are_refused_before_the_work(
+    run, tmp_path, monkeypatch, names, output, part
+):
+    monkeypatch.setattr(models, "load", None)
+    folder_of(tmp_path / "album", "a.png", "b.png")
+    folder_of(tmp_path / "empty")
+    saved(tmp_path / "c.png", pixels(8, 8))
+    refused(run([tmp_path / name for name in names], tmp_path / output), part)
+    assert opened(tmp_path / "c.png").size == (8, 8)

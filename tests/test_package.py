@@ -41,6 +41,7 @@ PARTS = {
     "sf_compile.cuda": ("sf_compile.graph", "sf_compile.options", "sf_compile.backend", "sf_compile.report"),
     "sf_compile.models": ("sf_compile.graph", "sf_compile.ops", "sf_compile.cuda", "sf_compile.backend"),
     "sf_compile.options": ("sf_compile.",),
+    "sf_compile.pipeline": ("sf_compile.graph", "sf_compile.cuda", "sf_compile.backend", "sf_compile.cli"),
     "sf_compile.backend": ("sf_compile.cuda", "sf_compile.report", "sf_compile.cli", "sf_compile.models"),
 }
 

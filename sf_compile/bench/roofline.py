@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sf_compile.bench.rows import BenchmarkError, Row, replacing
+from sf_compile.bench.rows import BenchmarkError, Row, check_output, replacing
 
 _TEXTS = ("run", "layer", "size", "dtype", "peer", "condition")
 _NUMBERS = ("flops", "bytes", "tflops", "ceiling_tflops", "copy_gbps")
@@ -56,6 +56,17 @@ def read_rows(paths: Sequence[Path]) -> list[Row]:
 def _positive(value: Any) -> bool:
     """Whether `value` is a number that a logarithmic axis can show."""
     return isinstance(value, (int, float)) and 0 < value < float("inf")
+
+
+def check_plot(path: Path, *, force: bool) -> None:
+    """Refuse, before any work, a plot that could not or must not be written.
+
+    Raises:
+        BenchmarkError: not the name of a PNG file, or see `check_output`.
+    """
+    if path.suffix != ".png":
+        raise BenchmarkError(f"{path} is not the name of a PNG file: end it in .png")
+    check_output(path, force=force)
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:

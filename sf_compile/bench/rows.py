@@ -35,6 +35,12 @@ LAYER_KEYS = (
     *("median_us", "p20_us", "p80_us", "arithmetic", "flops", "tflops", "bytes"),
     *("ceiling_tflops", "share_of_ceiling", "copy_gbps", "error_vs_float64"),
 )
+PIPELINE_KEYS = (
+    *ENVIRONMENT_KEYS,
+    *("network", "network_width", "blocks", "batch", "height", "width", "dtype", "peer", "backend"),
+    *("pictures", "pictures_per_s", "slowest_per_s", "fastest_per_s", "share_of_compute"),
+    "error_vs_float64",
+)
 
 _DRIVER_QUERY = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 

@@ -137,3 +137,22 @@ def layers_table(rows: Sequence[Row]) -> str:
 def _layer(row: Row) -> tuple[str, str, str, str]:
     """Return what rows of suite layers must share for a ratio to be taken."""
     return row["layer"], row["size"], row["dtype"], row["condition"]
+
+
+def pipeline_table(rows: Sequence[Row]) -> str:
+    """Return the rows of suite pipeline as text; ``of compute`` is a rate over that of the network alone."""
+    header = ("size", "dtype", "peer", "pictures/s", "slowest", "fastest", "of compute", "error")
+    lines = [
+        (
+            f"{row['batch']}x{row['height']}x{row['width']}",
+            row["dtype"],
+            row["peer"],
+            cell(row["pictures_per_s"], ".1f"),
+            cell(row["slowest_per_s"], ".1f"),
+            cell(row["fastest_per_s"], ".1f"),
+            cell(row["share_of_compute"], ".1%"),
+            cell(row["error_vs_float64"], ".1e"),
+        )
+        for row in rows
+    ]
+    return format_table(header, lines)

@@ -24,6 +24,7 @@ DEFAULT_DTYPES = {
     "network": (("float32",), ("float32", "float16")),
     "layers": (("float32",), ("float16",)),
     "instance_norm": (("float32",), ("float32", "float16")),
+    "pipeline": (("float32",), ("float16",)),
 }
 OPTION_SUITES = {
     "variants": ("instance_norm",),
@@ -41,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(DEFAULT_DTYPES),
         default="network",
         help="network: TransformerNet end to end; layers: each of its convolutions beside cuDNN's; "
-        "instance_norm: the fused operation on the shapes that TransformerNet gives it (default: network)",
+        "instance_norm: the fused operation on the shapes that TransformerNet gives it; pipeline: pictures a "
+        "second from host to host (default: network)",
     )
     parser.add_argument(
         "--sizes",
@@ -60,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: tuple(name.strip() for name in text.split(",")),
         help="of eager, eager-channels-last, eager-graph, inductor, inductor-reduce-overhead, "
         "inductor-max-autotune, styleforge, styleforge-graph, separated by commas; for suite instance_norm "
-        "of eager, inductor, styleforge; for suite layers of styleforge, cudnn (default: all that run here)",
+        "of eager, inductor, styleforge; for suite layers of styleforge, cudnn; for suite pipeline of "
+        "compute, pipeline, loop, loop-inductor-max-autotune (default: all that run here)",
     )
     parser.add_argument(
         "--variants",
@@ -83,7 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
     parser.add_argument(
-        "--seconds", type=_positive, help="time to measure each peer (default: 1; 0.1 but for network)"
+        "--seconds",
+        type=_positive,
+        help="time to measure each peer (default: 1 for network, 3 for pipeline, else 0.1)",
     )
     parser.add_argument(
         "--hot",
@@ -104,7 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot",
         type=Path,
         metavar="FILE.png",
-        help="measure nothing: draw a roofline plot of the rows of suite layers in ROWS.json",
+        help="measure nothing: draw a roofline plot of the rows of suite layers in ROWS.json; with suite "
+        "pipeline: measure, and draw when each step of a stream happened",
     )
     parser.add_argument("rows", nargs="*", type=Path, metavar="ROWS.json", help="files to --plot")
 
@@ -164,11 +170,14 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch
 
     from sf_compile.bench import tables
+    from sf_compile.bench.roofline import check_plot
     from sf_compile.bench.rows import BenchmarkError, check_output, write_rows
     from sf_compile.cli import devices
 
-    if arguments.plot is not None or arguments.rows:
+    if (arguments.plot is not None and arguments.suite != "pipeline") or arguments.rows:
         return _plot(arguments)
+    if arguments.plot is not None:
+        check_plot(arguments.plot, force=arguments.force)
     if arguments.output is not None:
         check_output(arguments.output, force=arguments.force)
     for option, suites in OPTION_SUITES.items():
@@ -190,20 +199,19 @@ def _run(arguments: argparse.Namespace) -> int:
         "network": (_network, tables.network_table),
         "layers": (_layers, tables.layers_table),
         "instance_norm": (_instance_norm, tables.instance_norm_table),
+        "pipeline": (_pipeline, tables.pipeline_table),
     }[arguments.suite]
     print(table(suite(arguments, device, dtypes, keep)))
     return 0
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from sf_compile.bench.roofline import plot, read_rows
-    from sf_compile.bench.rows import BenchmarkError, check_output
+    from sf_compile.bench.roofline import check_plot, plot, read_rows
+    from sf_compile.bench.rows import BenchmarkError
 
     if arguments.plot is None or not arguments.rows:
         raise BenchmarkError("a plot takes both: styleforge bench --plot FILE.png ROWS.json...")
-    if arguments.plot.suffix != ".png":
-        raise BenchmarkError(f"{arguments.plot} is not the name of a PNG file: end it in .png")
-    check_output(arguments.plot, force=arguments.force)
+    check_plot(arguments.plot, force=arguments.force)
     plot(arguments.plot, read_rows(arguments.rows))
     return 0
 
@@ -216,6 +224,9 @@ def _budget(arguments: argparse.Namespace) -> Budget:
         return Budget.quick()
     if arguments.suite == "network":
         return Budget(seconds=arguments.seconds or 1.0)
+    if arguments.suite == "pipeline":
+        # Rounds of hundreds of pictures, for the first and the last of each have nothing to overlap with.
+        return Budget(seconds=arguments.seconds or 3.0, rounds=5)
     # Many cases, each of them light on power: less of everything.
     return Budget(seconds=arguments.seconds or 0.1, rounds=5, pause=0.02)
 
@@ -278,6 +289,23 @@ def _instance_norm(
         device,
         variants=instance_norm.select_variants(arguments.variants),
         budget=_budget(arguments),
+        log=_log,
+        keep=keep,
+    )
+
+
+def _pipeline(
+    arguments: argparse.Namespace, device: torch.device, dtypes: Sequence[torch.dtype], keep: Keep
+) -> list[Row]:
+    from sf_compile.bench import pipeline
+
+    return pipeline.run_pipeline(
+        arguments.sizes or (pipeline.GPU_SIZES if device.type == "cuda" else pipeline.CPU_SIZES),
+        dtypes,
+        pipeline.select_peers(arguments.peers, device, _log),
+        device,
+        budget=_budget(arguments),
+        draw=arguments.plot,
         log=_log,
         keep=keep,
     )

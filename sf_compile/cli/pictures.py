@@ -78,6 +78,20 @@ def find(name: str) -> Path:
     return Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
 
 
+def in_folder(folder: Path) -> list[Path]:
+    """Return the files in a folder, not below it, that have the name of a picture that Pillow reads, by name.
+
+    Raises:
+        CommandError: there is none.
+    """
+    Image.init()
+    readable = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in readable and path.is_file())
+    if not found:
+        raise CommandError(f"{folder}: no pictures in this folder")
+    return found
+
+
 def read(path: Path, longest_side: int | None = None) -> Picture:
     """Read a picture file: its first frame, upright (EXIF), 8 bits a channel, RGB with or without alpha.
 

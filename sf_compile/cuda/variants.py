@@ -24,6 +24,7 @@ from sf_compile.cuda import (
     mma_conv,
     norm_statistics,
     normalization,
+    picture,
     residual_trunk,
     statistics,
 )
@@ -43,6 +44,7 @@ def every(arch: str) -> Iterator[tuple[str, dict[str, int]]]:
     yield from norm_statistics.variants()
     yield from normalization.variants()
     yield from instance_norm.variants()
+    yield from picture.variants()
     yield from mma_conv.variants(arch)
     if arch == "sm_90a":
         yield from halo_conv.variants()

@@ -11,6 +11,8 @@ from sf_compile.ops.instance_norm import instance_norm
 from sf_compile.ops.instance_statistics import instance_statistics
 from sf_compile.ops.norm_statistics import norm_statistics
 from sf_compile.ops.normalize import normalize
+from sf_compile.ops.picture_to_float import picture_to_float
+from sf_compile.ops.picture_to_uint8 import picture_to_uint8
 from sf_compile.ops.residual_trunk import residual_trunk
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "instance_statistics",
     "norm_statistics",
     "normalize",
+    "picture_to_float",
+    "picture_to_uint8",
     "residual_block",
     "residual_trunk",
 ]

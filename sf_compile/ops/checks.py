@@ -15,7 +15,7 @@ from torch import Tensor
 from sf_compile.activations import parse
 
 PADDING_MODES = ("zeros", "reflect", "replicate")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def require(condition: Any, message: Callable[[], str]) -> None:
@@ -36,7 +36,7 @@ def check_image(op: str, input: Tensor) -> None:
         lambda: f"styleforge::{op}: input must be (N, C, H, W), got {tuple(input.shape)}",
     )
     require(
-        input.dtype in _DTYPES,
+        input.dtype in FLOATING,
         lambda: f"styleforge::{op}: input must be float16, bfloat16, float32 or float64, got {input.dtype}",
     )
 

@@ -157,6 +157,38 @@ def moved(input: Tensor, upsample: int, padding: Sequence[int], mode: str) -> Te
     return pad(upsample_nearest(input, upsample), padding, mode)
 
 
+def mirrored(count: int, size: int, device: torch.device) -> Tensor:
+    """Indices 0 .. size - 1 of an endless mirror of ``count`` pixels, whose edges are not repeated."""
+    period = max(2 * (count - 1), 1)
+    rest = torch.arange(size, device=device) % period
+    return torch.minimum(rest, period - rest) if count > 1 else torch.zeros_like(rest)
+
+
+def picture_to_float(
+    input: Tensor, size: Sequence[int], dtype: torch.dtype, low: float, high: float, channels_last: bool
+) -> Tensor:
+    """Bytes (N, H, W, C) as numbers (N, C, *size) from ``low`` to ``high``, extended by reflection."""
+    _, height, width, _ = input.shape
+    if size[0] != height:
+        input = input.index_select(1, mirrored(height, size[0], input.device))
+    if size[1] != width:
+        input = input.index_select(2, mirrored(width, size[1], input.device))
+    x = input.permute(0, 3, 1, 2).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    if high - low != 255:
+        x = x * (high - low) / 255
+    return layout((x + low).to(dtype) if low else x.to(dtype), channels_last)
+
+
+def picture_to_uint8(input: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Numbers (N, C, H, W) as bytes (N, H, W, C), and which images are not finite."""
+    broken = (~torch.isfinite(input)).flatten(1).any(1).to(torch.int32)
+    y = input.permute(0, 2, 3, 1).to(statistics_dtype(input.dtype))
+    y = y - low if low else y
+    y = y * (255 / (high - low)) if high - low != 255 else y
+    pixels = y.clamp(0, 255).nan_to_num(0).round_().to(torch.uint8)
+    return pixels.contiguous(), broken
+
+
 def conv_transpose2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
     activation: str,

@@ -37,3 +37,12 @@ template <int kCount> DEVICE void store(element* to, const Vector<kCount>& vecto
   if ((uintptr_t)to % sizeof(vector)) emulator::fail("a store that is not aligned");
   *reinterpret_cast<Vector<kCount>*>(to) = vector;
 }
+template <int kCount> DEVICE Vector<kCount> from_floats(const float (&values)[kCount]) {
+  Vector<kCount> out;
+  for (int i = 0; i < kCount; i++) out.values[i] = from_float<DTYPE>(values[i]);
+  return out;
+}
+template <int kCount> DEVICE Vector<kCount> load(const element* from) {
+  if ((uintptr_t)from % sizeof(Vector<kCount>)) emulator::fail("a load that is not aligned");
+  return *reinterpret_cast<const Vector<kCount>*>(from);
+}
