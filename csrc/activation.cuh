@@ -13,6 +13,7 @@
 #define GELU 8
 #define GELU_TANH 9   // GELU's approximation by tanh
 #define ELU 10        // y, and below 0 first * (exp(y) - 1)
+#define PRELU 11      // y, and below 0 first * y, where first is the channel's own; of normalize.cu alone
 
 // What is applied is scale * function(y) + offset; the first three are never scaled.
 struct Activation {
@@ -37,7 +38,7 @@ DEVICE float reciprocal(float y) {
 template <int kFunction> DEVICE float activate(float y, const Activation& a) {
   if constexpr (kFunction == RECTIFIED) return clamp_below(y, 0.f);
   if constexpr (kFunction == FLOOR) return clamp_below(y, a.first);
-  if constexpr (kFunction == LEAKY) return y > 0.f ? y : y * a.first;
+  if constexpr (kFunction == LEAKY || kFunction == PRELU) return y > 0.f ? y : y * a.first;
   if constexpr (kFunction == CLAMPED) return clamp_above(clamp_below(y, a.first), a.second);
   if constexpr (kFunction == TANH) return tanhf(y);
   if constexpr (kFunction == SIGMOID) return reciprocal(1.f + expf(-y));

@@ -23,17 +23,35 @@
 // direction, so the pixels read last are still in the L2 cache.
 #define REVERSED(axis) (gridDim.axis - 1 - blockIdx.axis)
 
+// The activation of each of a thread's channels: of a PReLU one for each, with its slope, else one for all.
+#if ACTIVATION == PRELU
+#define SLOPES , const element *__restrict__ slopes, i64 slope_stride  // 0 where all channels have one slope
+#define WITH_SLOPE(channel) \
+  { to_float<DTYPE>(slopes[(channel) * slope_stride]), 0.f, activation.scale, activation.offset }
+#else
+#define SLOPES
+#define WITH_SLOPE(channel) activation
+#endif
+
 #define ARGUMENTS                                                                                          \
   const element *__restrict__ x, const element *__restrict__ residual, element *__restrict__ out,          \
       element *__restrict__ kept, const float *mean, const float *variance, const parameter *weight,       \
       const parameter *bias, float eps, Activation activation, i64 image_stride, i64 weight_stride, i64 bias_stride, \
-      int channels, int height, int width, int run_time_factor, int top, int left, int out_height, int out_width
+      int channels, int height, int width, int run_time_factor, int top, int left, int out_height, int out_width SLOPES
 #define FACTOR (UPSAMPLE ? UPSAMPLE : run_time_factor)
 
 #if LAYOUT == CHANNELS_LAST
+#if ACTIVATION == PRELU
+#define ACTIVATIONS(name) const Activation(&name)[VECTOR]
+#define ACTIVATION_OF(v) activation[v]
+#else
+#define ACTIVATIONS(name) const Activation& name
+#define ACTIVATION_OF(v) activation
+#endif
+
 // One segment of a row: pixels start, start + columns, ... below end, UNROLL loads in flight.
 template <bool kResidual, bool kKeep> DEVICE void write_row(
-    const Affine (&affine)[VECTOR], const Activation& activation, const element* from_row, const element* more_row,
+    const Affine (&affine)[VECTOR], ACTIVATIONS(activation), const element* from_row, const element* more_row,
     element* to_row, element* kept_row, bool zero_row, int start, int end, int columns, int channels, int left, int width, int factor) {
   for (int x0 = start; x0 < end; x0 += UNROLL * columns) {
     Vector<VECTOR> in[UNROLL], more[UNROLL];
@@ -51,7 +69,7 @@ template <bool kResidual, bool kKeep> DEVICE void write_row(
       float values[VECTOR];
 #pragma unroll
       for (int v = 0; v < VECTOR; v++) {
-        values[v] = activate_and_scale<ACTIVATION>(affine[v](to_float<DTYPE>(in[u].values[v])), activation);
+        values[v] = activate_and_scale<ACTIVATION>(affine[v](to_float<DTYPE>(in[u].values[v])), ACTIVATION_OF(v));
         if (kResidual) values[v] += to_float<DTYPE>(more[u].values[v]);
         if (PAD == 1 && (zero_row || from[u] < 0)) values[v] = 0.f;
       }
@@ -78,6 +96,14 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) normalize(ARGUMENTS, i
   Affine affine[VECTOR];
 #pragma unroll
   for (int v = 0; v < VECTOR; v++) affine[v] = norm.at(image, channel + v);
+#if ACTIVATION == PRELU
+  Activation own[VECTOR];
+#pragma unroll
+  for (int v = 0; v < VECTOR; v++) own[v] = WITH_SLOPE(channel + v);
+#define OWN own
+#else
+#define OWN activation
+#endif
   for (int task = out_height * segments - 1 - blockIdx.x; task >= 0; task -= gridDim.x) {
     const int y = task / segments, start = task % segments * segment, end = min(out_width, start + segment);
     const int from_y = source(y, top, height, factor);
@@ -85,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) normalize(ARGUMENTS, i
     element* to_row = out + (image * out_height + y) * out_width * channels + channel;
     const bool keeps = kept && owns(y, top, height, factor);
 #define WRITE_ROW(RESIDUAL, KEEP)                                                                              \
-  write_row<RESIDUAL, KEEP>(affine, activation, x + from_row, residual + from_row, to_row, kept + from_row,    \
+  write_row<RESIDUAL, KEEP>(affine, OWN, x + from_row, residual + from_row, to_row, kept + from_row,    \
                             from_y < 0, start + column, end, columns, channels, left, width, factor)
     if (residual)
       keeps ? WRITE_ROW(true, true) : WRITE_ROW(true, false);
@@ -104,6 +130,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) normalize(ARGUMENTS, i64 pl
   const i64 pixels = (i64)height * width, out_pixels = (i64)out_height * out_width;
   for (i64 plane = REVERSED(y); plane < planes; plane += gridDim.y) {
     const Affine affine = norm.at(plane / channels, plane % channels);
+    const Activation own = WITH_SLOPE(plane % channels);
     const element* from = x + plane * pixels;
     const element* add = residual + plane * pixels;
     if (PAD == 0 && UPSAMPLE == 1) {
@@ -122,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) normalize(ARGUMENTS, i64 pl
             float values[VECTOR];
 #pragma unroll
             for (int v = 0; v < VECTOR; v++) {
-              values[v] = activate_and_scale<ACTIVATION>(affine(to_float<DTYPE>(in[u].values[v])), activation);
+              values[v] = activate_and_scale<ACTIVATION>(affine(to_float<DTYPE>(in[u].values[v])), own);
               if (residual) values[v] += to_float<DTYPE>(more[u].values[v]);
             }
             const Vector<VECTOR> result = from_floats(values);
@@ -138,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) normalize(ARGUMENTS, i64 pl
           float value = 0.f;
           const i64 i = (i64)from_y * width + from_x;
           if (from_y >= 0 && from_x >= 0) {
-            value = activate_and_scale<ACTIVATION>(affine(to_float<DTYPE>(from[i])), activation);
+            value = activate_and_scale<ACTIVATION>(affine(to_float<DTYPE>(from[i])), own);
             if (residual) value += to_float<DTYPE>(add[i]);
           }
           const element result = from_float<DTYPE>(value);
@@ -174,7 +201,8 @@ extern "C" __global__ void __launch_bounds__(256) normalize(
     float value = 0.f;
     if (from_y >= 0 && from_x >= 0) {
       const float normed = norm.at(n, c)(to_float<DTYPE>(x[in.at(n, c, from_y, from_x)]));
-      value = activate_and_scale<ACTIVATION>(normed, activation);
+      const Activation own = WITH_SLOPE(c);
+      value = activate_and_scale<ACTIVATION>(normed, own);
       if (residual) value += to_float<DTYPE>(residual[add.at(n, c, from_y, from_x)]);
     }
     const element result = from_float<DTYPE>(value);

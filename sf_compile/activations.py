@@ -1,11 +1,12 @@
 """The functions of one number that the fused ops apply, and the text that names one in a graph.
 
     none   relu   leaky_relu(0.2)   hardtanh(-1.0, 1.0)   clamp(0.0, 255.0)   tanh   sigmoid   silu
-    gelu   gelu_tanh   elu(1.0)
+    gelu   gelu_tanh   elu(1.0)   prelu
 
 each alone or followed by an affine map of what it returns, as in ``tanh * 150.0 + 127.5``. They are
 PyTorch's functions of these names, NaN and infinity included; ``gelu_tanh`` is ``gelu(approximate="tanh")``,
-``hardtanh`` and ``clamp`` differ in their gradients at the bounds.
+``hardtanh`` and ``clamp`` differ in their gradients at the bounds. The slope of ``prelu`` is a tensor, which
+``styleforge::normalize`` alone takes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 PARAMETERS = {
     "none": 0, "relu": 0, "leaky_relu": 1, "hardtanh": 2, "clamp": 2, "tanh": 0, "sigmoid": 0, "silu": 0,
-    "gelu": 0, "gelu_tanh": 0, "elu": 1,
+    "gelu": 0, "gelu_tanh": 0, "elu": 1, "prelu": 0,
 }  # fmt: skip
 """How many numbers each function takes beside its argument: a slope, two bounds, ELU's alpha."""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +100,44 @@ FLOAT32 = (*BFLOAT16, BARE, LARGE_SKIP, SMALL_DOUBLING, GENERAL, LEAKY, Layer(8,
 IDS = [f"{why} {'x'.join(map(str, size))}".replace(":", "").replace(" ", "-") for _, size, why in CASES]
 
 
+def norm_operands(layer: Any, x: Tensor) -> tuple[Tensor | None, ...]:
+    """Mean, variance, weight and bias of the norm that ``layer`` applies to its input; None without one."""
+    if layer.norm == "none":
+        return (None,) * 4
+    c, device = x.shape[1], x.device
+    if layer.norm == "instance":
+        variance, mean = torch.var_mean(x.float(), (2, 3), correction=0)
+    else:
+        mean, variance = torch.randn(c, device=device) * 0.3, torch.rand(c, device=device) + 0.5
+    gamma = (torch.rand(c, device=device) + 0.5).to(layer.parameter or x.dtype)
+    beta = (torch.randn(c, device=device) * 0.3).to(layer.parameter or x.dtype)
+    return mean, variance, gamma, beta
+
+
+def far_from_zero(a: Arguments) -> Arguments:
+    """``a`` averaging pixels of 0 to 255, less their noise's tails: a mean of many deviations."""
+    x = (100 + 24 * torch.randn(a.input.shape, device=a.input.device)).half()
+    weight = (torch.ones_like(a.weight) / a.weight[0].numel()).contiguous()
+    return a._replace(input=x.contiguous(memory_format=torch.channels_last), weight=weight)
+
+
+def check_margins(a: Arguments, expected: Sequence[Tensor], monkeypatch: Any) -> None:
+    """``halo_conv`` gives ``expected`` and writes its outputs alone, of memory that has NaN around them."""
+    margin, buffers = 65536, []
+
+    def amid_nan(shape: Sequence[int], like: Tensor, channels_last: bool) -> Tensor:
+        n, c, h, w = shape
+        elements = margin + n * c * h * w + margin
+        buffers.append(torch.full((elements,), float("nan"), dtype=like.dtype, device="cuda"))
+        return buffers[-1][margin:-margin].view(n, h, w, c).permute(0, 3, 1, 2)
+
+    monkeypatch.setattr(halo_conv, "empty_image", amid_nan)
+    assert equal(halo_conv.conv2d(a), expected) and len(buffers) == 1
+    for buffer in buffers:
+        assert buffer[:margin].isnan().all() and buffer[-margin:].isnan().all()
+        assert buffer[margin:-margin].isfinite().all()
+
+
 def made(
     layer: Layer, size: tuple[int, int, int], dtype: torch.dtype = torch.float16, device: str = "cuda"
 ) -> Arguments:
@@ -117,17 +155,10 @@ def made(
     channels = (c, o) if layer.transposed else (o, c)
     weight = torch.randn(*channels, *layer.kernel, device=device)
     weight /= (c * layer.kernel[0] * layer.kernel[1]) ** 0.5
-    mean = variance = gamma = beta = None
-    if layer.norm != "none":
-        if layer.norm == "instance":
-            variance, mean = torch.var_mean(x.float(), (2, 3), correction=0)
-        else:
-            mean, variance = torch.randn(c, device=device) * 0.3, torch.rand(c, device=device) + 0.5
-        gamma = (torch.rand(c, device=device) + 0.5).to(layer.parameter or dtype)
-        beta = (torch.randn(c, device=device) * 0.3).to(layer.parameter or dtype)
+    norm = norm_operands(layer, x)
     return Arguments(
-        x, weight.to(dtype), torch.randn(o, device=device).to(dtype) if layer.bias else None, mean, variance,
-        gamma, beta, 1e-5, layer.activation or ("relu" if layer.relu else "none"),
+        x, weight.to(dtype), torch.randn(o, device=device).to(dtype) if layer.bias else None, *norm,
+        1e-5, layer.activation or ("relu" if layer.relu else "none"),
         amid_nan() if layer.residual else None,
         layer.upsample, list(layer.padding), layer.mode, [layer.stride] * 2,
         "relu" if layer.output_relu else layer.output, layer.statistics, layer.keep, True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from halo_layers import check_picture, check_statistics, steps, unit
+from halo_layers import check_picture, check_statistics, norm_operands, steps, unit
 from torch import Tensor
 
 from sf_compile.cuda import mma_conv
@@ -98,17 +98,10 @@ def made(
 
     x = amid_nan(layer.input)
     weight = torch.randn(o, c, *layer.kernel, device=device) / (c * layer.kernel[0] * layer.kernel[1]) ** 0.5
-    mean = variance = gamma = beta = None
-    if layer.norm != "none":
-        if layer.norm == "instance":
-            variance, mean = torch.var_mean(x.float(), (2, 3), correction=0)
-        else:
-            mean, variance = torch.randn(c, device=device) * 0.3, torch.rand(c, device=device) + 0.5
-        gamma = (torch.rand(c, device=device) + 0.5).to(layer.parameter or dtype)
-        beta = (torch.randn(c, device=device) * 0.3).to(layer.parameter or dtype)
+    norm = norm_operands(layer, x)
     return Arguments(
-        x, weight.to(dtype), torch.randn(o, device=device).to(dtype) if layer.bias else None, mean, variance,
-        gamma, beta, 1e-5, "relu" if layer.relu else "none",
+        x, weight.to(dtype), torch.randn(o, device=device).to(dtype) if layer.bias else None, *norm,
+        1e-5, "relu" if layer.relu else "none",
         None if layer.residual is None else amid_nan(layer.residual), layer.upsample, list(layer.padding),
         layer.mode, list(layer.stride), "relu" if layer.output_relu else "none", layer.statistics, layer.keep,
         layer.output,

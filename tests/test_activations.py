@@ -67,7 +67,8 @@ def test_maps_after_one_another():
 
 
 def test_every_function_is_tested():
-    assert {parse(text).function for text in FUNCTIONS} == set(activations.PARAMETERS)
+    # A PReLU's slope is a tensor: test_prelu.py.
+    assert {parse(text).function for text in FUNCTIONS} | {"prelu"} == set(activations.PARAMETERS)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -335,7 +336,6 @@ def test_a_norm_and_its_activation_are_deferred_into_the_next_convolution(activa
 
 
 LEFT = {
-    "PReLU": (lambda m, x: m.prelu(m.norm(m.same(x))), "the slope of a PReLU is a tensor", ["conv+norm"]),
     "tensor bounds": (lambda m, x: m.norm(x).clamp(m.norm.weight.sum()), "not a constant", ["norm"]),
     "division by zero": (lambda m, x: torch.tanh(m.norm(x)) / 0, "truediv with 0", ["norm+tanh"]),
     "NaN as a bound": (lambda m, x: m.norm(x).clamp(float("nan"), 1), "not a constant", ["norm"]),
@@ -346,7 +346,6 @@ LEFT = {
 def test_what_is_left_to_pytorch_says_why(name):
     body, reason, patterns = LEFT[name]
     model, x = Net(body), torch.randn(SHAPE)
-    model.prelu = nn.PReLU(4)
     compiled, made = fuse(model)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4, equal_nan=True)
     analysis = made[0].analysis
@@ -354,12 +353,42 @@ def test_what_is_left_to_pytorch_says_why(name):
     assert any(reason in miss.reason for miss in analysis.matches.misses), analysis.matches.misses
 
 
-def test_a_symbolic_slope_is_declined():
+def leaky() -> Net:
     model = Net(lambda m, x: m.leaky(m.norm(m.same(x))))
     model.leaky = nn.LeakyReLU(0.3)
-    analysis = capture(model, torch.randn(SHAPE), dynamic=True)
-    assert found(analysis) == ["conv+norm"]
-    assert any("slope or a bound that is not a constant" in miss.reason for miss in analysis.matches.misses)
+    return model
+
+
+def test_a_slope_that_a_module_keeps_is_read_and_guarded_on():
+    model, x = leaky(), torch.randn(SHAPE)
+    compiled, made = fuse(model, dynamic=True)
+    for slope, calls in ((0.3, 1), (0.3, 1), (0.5, 2)):
+        model.leaky.negative_slope = slope
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+        assert len(made) == calls
+    assert [found(one.analysis) for one in made] == [["conv+norm+leaky_relu"]] * 2
+    assert made[1].analysis.matches.sites[0].function == Activation("leaky_relu", (0.5,))
+
+
+def test_a_slope_that_has_changed_stays_symbolic():
+    model, x = leaky(), torch.randn(SHAPE)
+    compiled, made = fuse(model)
+    for slope, calls in ((0.3, 1), (0.4, 2), (0.5, 2), (0.6, 2)):
+        model.leaky.negative_slope = slope
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+        assert len(made) == calls
+    assert [found(one.analysis) for one in made] == [["conv+norm+leaky_relu"], ["conv+norm"]]
+    misses = made[1].analysis.matches.misses
+    assert any("slope or a bound that is not a constant" in miss.reason for miss in misses)
+
+
+def test_a_slope_of_a_size_adds_no_guard():
+    model = Net(lambda m, x: F.leaky_relu(m.norm(m.same(x)), x.shape[3] / 100))
+    compiled, made = fuse(model, dynamic=True)
+    for width in (10, 12, 14):
+        x = torch.randn(2, 4, 12, width)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert len(made) == 1 and found(made[0].analysis) == ["conv+norm"]
 
 
 def test_dropout_in_training_stays():

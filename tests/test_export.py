@@ -75,6 +75,33 @@ def test_a_style_network(dynamic):
     assert str(program) == before
 
 
+ACTIVATIONS = {
+    "leaky_relu": lambda m, y: F.leaky_relu(y, 0.2), "prelu": lambda m, y: F.prelu(y, m.batch.weight),
+    "elu": lambda m, y: F.elu(y), "hardtanh": lambda m, y: F.hardtanh(y, -0.5, 1.0),
+    "clamp": lambda m, y: y.clamp(min=-0.5), "tanh": lambda m, y: y.tanh(),
+    "sigmoid": lambda m, y: torch.sigmoid(y), "silu": lambda m, y: F.silu(y),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_and_transposed_convolutions(name):
+    """Fused behind a norm; by themselves, at the end, ATen again."""
+    activate = ACTIVATIONS[name]
+
+    def body(m, x):
+        y = activate(m, m.norm(F.conv_transpose2d(x, m.conv.weight, None, 2, 1, 1)))
+        return activate(m, torch.sin(y)) + F.conv_transpose2d(torch.sin(x), m.conv.weight, None, 2, 1, 1)
+
+    net, x = Net(body), torch.randn(2, 4, 6, 5)
+    program = torch.export.export(net, (x,))
+    with torch.no_grad():
+        fused = sf_compile.compile(program)
+        assert relative_error(fused.module()(x), net(x)) < 2e-5
+    assert len(ours(fused)) == 2 and str(ours(fused)[1].args[6]).startswith(name)
+    kept = {f"aten.{name}.default", "aten.conv_transpose2d.input"}
+    assert kept <= others(program) and kept <= others(fused)
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_what_is_left_alone_is_aten_again(training):
     net, x = Mixed().train(training), torch.randn(2, 3, 10, 8)

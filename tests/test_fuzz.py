@@ -5,7 +5,9 @@ A failing network is printed as a file that runs alone.
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +17,12 @@ import torch
 from fuzz.networks import programs
 from fuzz.programs import Program
 from fuzz.properties import check, check_explained
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
 EXAMPLES = int(os.environ.get("STYLEFORGE_FUZZ_EXAMPLES", "0"))
 SEED = int(os.environ.get("STYLEFORGE_FUZZ_SEED", "0"))
+SECONDS = float(os.environ.get("STYLEFORGE_FUZZ_SECONDS", "inf"))
+"""After so many no further network is compared; then a failing one is printed as it was found, not shrunk."""
 # A tenth of the networks and more must have something fused, or the run says little.
 FEWEST_FUSED = 0.1
 
@@ -28,19 +32,27 @@ def run(test: Callable[[Program], None], strategy: Any, examples: int) -> None:
     configured = settings(
         max_examples=EXAMPLES or examples, deadline=None, derandomize=not SEED, database=None,
         print_blob=False,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
+        phases=[phase for phase in Phase if phase is not Phase.shrink or math.isinf(SECONDS)],
     )(given(strategy)(test))  # fmt: skip
     (seed(SEED)(configured) if SEED else configured)()
 
 
 def compare(device: str, examples: int) -> None:
-    """Compare compiled networks with eager ones, and print how many were fused."""
+    """Compare compiled networks with eager ones, until the time is over, and print how many were fused."""
     fused: list[bool] = []
+    failed: list[bool] = []
+    end = time.monotonic() + SECONDS
 
     def compiled_equals_eager(program: Program) -> None:
+        if time.monotonic() > end and not failed:  # one that has failed is run again, to be printed
+            return
+        failed.append(True)
         fused.append(check(program))
+        failed.pop()
 
     run(compiled_equals_eager, programs(device), examples)
+    # fuzz/__main__.py reads this line.
     print(f"{len(fused)} networks on {device}, seed {SEED}: {sum(fused)} with something fused")
     assert sum(fused) >= FEWEST_FUSED * len(fused)
 

@@ -20,8 +20,10 @@ from halo_layers import (
     SKIP,
     SMALL_DOUBLING,
     check,
+    check_margins,
     compile_all,
     equal,
+    far_from_zero,
     fused,
     made,
     run,
@@ -88,31 +90,15 @@ def test_the_fused_kernel_is_what_runs():
 @pytest.mark.parametrize("layer", [KEEP, SKIP, HALVING, DOUBLING, SMALL_DOUBLING, GENERAL])
 @pytest.mark.parametrize("size", [(1, 5, 6), (2, 37, 53), (1, 16, 64), (1, 9, 33)])
 def test_writes_nothing_beside_its_outputs(layer, size, monkeypatch):
-    margin, buffers = 65536, []
-
-    def amid_nan(shape, like, channels_last):
-        n, c, h, w = shape
-        elements = margin + n * c * h * w + margin
-        buffers.append(torch.full((elements,), NAN, dtype=like.dtype, device="cuda"))
-        return buffers[-1][margin:-margin].view(n, h, w, c).permute(0, 3, 1, 2)
-
     a = fused(made(layer, size))
-    expected = run(a)
-    monkeypatch.setattr(halo_conv, "empty_image", amid_nan)
-    assert equal(halo_conv.conv2d(a), expected) and len(buffers) == 1
-    for buffer in buffers:
-        assert buffer[:margin].isnan().all() and buffer[-margin:].isnan().all()
-        assert buffer[margin:-margin].isfinite().all()
+    check_margins(a, run(a), monkeypatch)
 
 
 # ---- statistics that are hard to take, and numbers that are not finite ------------------------------------
 
 
 def test_mean_of_100_deviations():
-    a = made(BARE, (2, 64, 96))
-    x = (100 + 24 * torch.randn(a.input.shape, device="cuda")).half()  # 0 to 255, less its noise's tails
-    weight = (torch.ones_like(a.weight) / a.weight[0].numel()).contiguous()
-    a = a._replace(input=x.contiguous(memory_format=torch.channels_last), weight=weight)
+    a = far_from_zero(made(BARE, (2, 64, 96)))
     _, mean, variance, _ = run(a)
     exact_variance, exact_mean = torch.var_mean(steps(a, torch.float64)[0], (2, 3), correction=0)
     assert (exact_mean > 50 * exact_variance.sqrt()).all()

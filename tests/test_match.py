@@ -15,11 +15,12 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from sf_compile.backend import analyse
+from sf_compile.graph import norm_patterns as norms
 from sf_compile.graph import patterns
 from sf_compile.graph.match import match
 from sf_compile.graph.normalize import normalize
-from sf_compile.graph.patterns import Miss
 from sf_compile.graph.rewrite import rewrite
+from sf_compile.graph.values import Miss
 from sf_compile.options import Options
 
 
@@ -203,11 +204,11 @@ RULES = [
     (patterns.upsample, ("x", None, 2, "nearest", None, None, False), PICTURE[0, 0], "2-dimensional"),
     (patterns.upsample, ("x", None, 2, "nearest", None, None, True), PICTURE, "antialias"),
     (patterns.upsample, ("x", None, "u", "nearest", None, None, False), TWICE, "whole number"),
-    (patterns.instance_norm, (*NORMED[:5], "u", 0.1, 1e-5), PICTURE, "use_input_stats is not a constant"),
-    (patterns.instance_norm, ("x", "v", "v", None, None, True, 0.1, 1e-5), PICTURE, "updates its running"),
-    (patterns.instance_norm, NORMED, PICTURE.bfloat16(), "instance norm that changes the dtype"),
-    (patterns.batch_norm, ("x", None, None, None, None, False, 0.1, 1e-5), PICTURE, "batch norm in training"),
-    (patterns.batch_norm, ("x", "v", "v", None, None, "u", 0.1, 1e-5), PICTURE, "batch norm in training"),
+    (norms.instance_norm, (*NORMED[:5], "u", 0.1, 1e-5), PICTURE, "use_input_stats is not a constant"),
+    (norms.instance_norm, ("x", "v", "v", None, None, True, 0.1, 1e-5), PICTURE, "updates its running"),
+    (norms.instance_norm, NORMED, PICTURE.bfloat16(), "instance norm that changes the dtype"),
+    (norms.batch_norm, ("x", None, None, None, None, False, 0.1, 1e-5), PICTURE, "batch norm in training"),
+    (norms.batch_norm, ("x", "v", "v", None, None, "u", 0.1, 1e-5), PICTURE, "batch norm in training"),
 ]
 
 

@@ -60,7 +60,7 @@ def test_reasons_are_found():
     """The search itself: one of each form in which the sources give a reason."""
     assert {
         "negative padding, a crop",
-        "grouped convolution (groups=…)",
+        "grouped … (groups=…)",
         "autocast is active",
         "also read by …",
         "normalised at its end: no fused convolution reads it",

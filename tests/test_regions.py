@@ -60,7 +60,27 @@ def one_op(m: Net, x: torch.Tensor) -> torch.Tensor:
     return torch.sigmoid(torch.relu(m.norm(torch.sigmoid(x))))
 
 
-@pytest.mark.parametrize(("body", "sizes"), [(two_runs, [3, 3]), (side_results, [3]), (one_op, [])])
+def style_between(m: Net, x: torch.Tensor) -> torch.Tensor:
+    """Adaptive norms, whose scales a layer makes of a style that is there from the beginning."""
+    style, y = x.mean((2, 3)), torch.relu(m.norm(m.conv(reflect(x))))
+    for _ in range(2):
+        scale = torch.tanh(style @ m.skip.weight[:, :, 0, 0]).view(-1, 4, 1, 1)
+        y = m.plain(m.conv(reflect(y))) * scale + scale
+    return m.conv(reflect(y))
+
+
+def written_between(m: Net, x: torch.Tensor) -> torch.Tensor:
+    """What is made of a tensor before and after a write into it."""
+    y, style = torch.relu(m.norm(m.conv(reflect(x)))), x * 2
+    y = m.plain(m.conv(reflect(y))) * style.mean((2, 3), keepdim=True)
+    style.view(-1).mul_(2)
+    return m.plain(m.conv(reflect(y))) * style.mean((2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "sizes"),
+    [(two_runs, [3, 3]), (side_results, [3]), (one_op, []), (style_between, [4]), (written_between, [3, 2])],
+)
 @pytest.mark.parametrize("grad", [True, False])
 def test_other_operations_part_regions_and_results_stay_the_same(body, sizes, grad):
     model, x = Net(body), torch.randn(2, 4, 12, 10)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import relative_error
-from halo_layers import Layer, check, compile_all, equal, fused, made, run
+from halo_layers import Layer, check, check_margins, compile_all, equal, fused, made, run
 from torch import nn
 
 from sf_compile.cuda import convolution, halo_conv, hopper
@@ -81,21 +81,8 @@ def test_the_fused_kernel_is_what_runs():
 @pytest.mark.parametrize("layer", [THREE, FOUR, SMALL, TINY, SKIP])
 @pytest.mark.parametrize("size", [(1, 5, 6), (2, 19, 27), (1, 16, 64)])
 def test_writes_nothing_beside_its_outputs(layer, size, monkeypatch):
-    margin, buffers = 65536, []
-
-    def amid_nan(shape, like, channels_last):
-        n, c, h, w = shape
-        elements = margin + n * c * h * w + margin
-        buffers.append(torch.full((elements,), NAN, dtype=like.dtype, device="cuda"))
-        return buffers[-1][margin:-margin].view(n, h, w, c).permute(0, 3, 1, 2)
-
     a = fused(made(layer, size))
-    expected = run(a)
-    monkeypatch.setattr(halo_conv, "empty_image", amid_nan)
-    assert equal(halo_conv.conv2d(a), expected) and len(buffers) == 1
-    for buffer in buffers:
-        assert buffer[:margin].isnan().all() and buffer[-margin:].isnan().all()
-        assert buffer[margin:-margin].isfinite().all()
+    check_margins(a, run(a), monkeypatch)
 
 
 @pytest.mark.parametrize("layer", [THREE, SMALL])

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, picture, relative_error
+from cases import LAYOUTS, check_side_outputs, picture, relative_error
+from test_activations import FUNCTIONS
 from test_halo_conv import COUNTS, enlarged_by, variant
 from torch import Tensor
 
@@ -80,13 +81,7 @@ def test_matches_float64(kernel, stride, padding, why, layout, device):
                 tolerance = 2e-3 if device == "cuda" else 1e-5  # TF32 on a GPU
             assert out.shape == exact.shape
             assert relative_error(out, exact) < tolerance
-            assert kept.shape == (x.shape if keep else (0,))
-            if keep:
-                assert relative_error(kept, z) < 2 * torch.finfo(dtype).eps
-            if statistics:
-                v, m = torch.var_mean(out.double(), (2, 3), correction=0)
-                torch.testing.assert_close(out_mean.double(), m, rtol=1e-5, atol=1e-5)
-                torch.testing.assert_close(out_variance.double(), v, rtol=1e-4, atol=1e-6)
+            check_side_outputs((out, out_mean, out_variance, kept), z if keep else None, statistics)
 
 
 def calls(device: str, dtype: torch.dtype, layout: str) -> list[tuple]:
@@ -237,3 +232,17 @@ def test_one_kernel_for_every_width_of_a_transposed_convolution():
     (one,) = made
     assert (one.subpixel, one.pad, one.stride, one.out_channels) == (True, 1, 1, 64)
     assert halo_conv._variant(arguments(c=32, o=16)).out_channels == 16
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("text", FUNCTIONS)
+def test_every_activation_behind_it(text, device):
+    for dtype, layout in itertools.product((torch.float64, torch.float16), LAYOUTS):
+        x = picture((2, 8, 5, 7), dtype, layout, device)
+        weight, bias = (torch.randn(s, device=device).to(dtype) / 4 for s in ((8, 8, 3, 3), (8,)))
+        out = ops.conv2d(
+            x, weight, bias, *(None,) * 4, 1.0, "none", None, 1, [1, 0, 1, 0], "zeros", [2, 2], text, False,
+            False, layout == "channels_last", True,
+        )[0]  # fmt: skip
+        plain = F.conv_transpose2d(x.double(), weight.double(), bias.double(), 2, 1, 1)
+        assert relative_error(out, FUNCTIONS[text](plain)) < 8 * torch.finfo(dtype).eps

@@ -10,11 +10,11 @@ import torch
 
 from sf_compile.activations import Activation, parse
 
-IDENTITY, RECTIFIED, FLOOR, LEAKY, CLAMPED, TANH, SIGMOID, SILU, GELU, GELU_TANH, ELU = range(11)
+IDENTITY, RECTIFIED, FLOOR, LEAKY, CLAMPED, TANH, SIGMOID, SILU, GELU, GELU_TANH, ELU, PRELU = range(12)
 """The functions by the names of the source. FLOOR is a ReLU, or none, by its argument."""
 
 GENERAL = (LEAKY, CLAMPED, TANH, SIGMOID, SILU, GELU, GELU_TANH, ELU)
-"""All but those that are a ReLU or none."""
+"""All but those that are a ReLU or none, and PRELU, which normalize.cu alone has."""
 
 SIGNATURE = "A"
 """Of ``arguments``."""
@@ -24,6 +24,7 @@ _ON_THE_WAY_IN = (IDENTITY, RECTIFIED, LEAKY, CLAMPED)
 _CODES = {
     "none": IDENTITY, "relu": RECTIFIED, "leaky_relu": LEAKY, "hardtanh": CLAMPED, "clamp": CLAMPED,
     "tanh": TANH, "sigmoid": SIGMOID, "silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH, "elu": ELU,
+    "prelu": PRELU,
 }  # fmt: skip
 _MOST = torch.finfo(torch.float32).max
 _BOUNDS = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,11 +76,14 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
         yield SOURCE, Variant(CONTIGUOUS, 0, 0, 4, 1, 0, function).constants()
     yield SOURCE, Variant(STRIDED, 2, 2, 1, 0, 2, activation.GELU).constants()
     yield SOURCE, Variant(CHANNELS_LAST, 2, 0, 8, 2, 2, activation.LEAKY).constants()
+    for layout, vector in ((CHANNELS_LAST, 8), (CONTIGUOUS, 8), (STRIDED, 1)):
+        yield SOURCE, Variant(layout, 1, 1, vector, 1, 0, activation.PRELU).constants()
 
 
 @functools.cache
 def _kernel(index: int, variant: Variant) -> Kernel:
-    signature = _SIGNATURE + _EXTRA[variant.layout]
+    slope = "Pq" if variant.activation == activation.PRELU else ""
+    signature = _SIGNATURE + slope + _EXTRA[variant.layout]
     mode = "overlapping" if torch.cuda.get_device_capability(index) >= (9, 0) else "ordinary"
     return load(SOURCE, "normalize", variant.constants(), index, signature, mode)
 
@@ -112,11 +115,13 @@ def apply(
     channels_last: bool,
     keep: bool = False,
     keep_channels_last: bool | None = None,
+    slope: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """pad(upsample_nearest(act(norm(x)) + residual)) in the asked layout; if ``keep``, what was padded too.
 
     ``x`` and ``residual`` are (N, C, H, W) of any strides in one dtype of ``DTYPES``; ``padding`` is left,
-    right, top, bottom, already checked. Returns fresh tensors. The caller has asked ``usable``.
+    right, top, bottom, already checked; ``slope`` is a PReLU's, (1,) or (C,). Returns fresh tensors. The
+    caller has asked ``usable``.
     """
     n, c, h, w = x.shape
     left, right, top, bottom = padding
@@ -147,12 +152,14 @@ def apply(
     function = activation.shared_code(norm.activation)
     variant = Variant(layout, DTYPES[x.dtype], parameter, width, factor, pad, function)
     kernel = _kernel(x.device.index, variant)
-    arguments = (
+    arguments: tuple[Any, ...] = (
         pointer(x), pointer(residual), pointer(out), pointer(kept), pointer(mean), pointer(variance),
         pointer(weight), pointer(bias), norm.eps, activation.arguments(norm.activation),
         image_stride(mean), image_stride(weight), image_stride(bias), c, h, w, upsample, top, left, out_h,
         out_w,
     )  # fmt: skip
+    if slope is not None:
+        arguments = (*arguments, pointer(slope), slope.stride(0) if slope.shape[0] == c else 0)
     if layout == CHANNELS_LAST:
         groups = c // width
         lanes, chunks = min(groups, _THREADS), -(-groups // _THREADS)
@@ -189,9 +196,10 @@ def normalize(
     upsample: int = 1,
     padding: Sequence[int] = (0, 0, 0, 0),
     padding_mode: str = "zeros",
+    slope: Tensor | None = None,
 ) -> Tensor:
     """``styleforge::normalize``; its arguments have been checked."""
     if not usable(input, input.shape[3] * upsample + padding[0] + padding[1]):
-        z = reference.normalize(input, *norm, residual)
+        z = reference.normalize(input, *norm, residual, slope)
         return reference.layout(reference.moved(z, upsample, padding, padding_mode), channels_last)
-    return apply(input, norm, residual, upsample, padding, padding_mode, channels_last)[0]
+    return apply(input, norm, residual, upsample, padding, padding_mode, channels_last, slope=slope)[0]

@@ -25,9 +25,18 @@ _CUDNN = "cudnn_enabled"
 _ALIKE: dict[Any, Any] = {
     aten.conv2d.default: spelling.CONV2D,
     aten.conv2d.padding: spelling.CONV2D,
+    aten.conv_transpose2d.input: spelling.CONV_TRANSPOSE2D,
     aten.pad.default: spelling.PAD,
     aten.relu.default: spelling.RELU,
     aten.relu_.default: torch.relu_,
+    aten.leaky_relu.default: spelling.LEAKY_RELU,
+    aten.prelu.default: spelling.PRELU,
+    aten.elu.default: spelling.ELU,
+    aten.hardtanh.default: spelling.HARDTANH,
+    aten.clamp.default: spelling.CLAMP,
+    aten.tanh.default: spelling.TANH,
+    aten.sigmoid.default: spelling.SIGMOID,
+    aten.silu.default: spelling.SILU,
     aten.add.Tensor: spelling.ADD,
     aten.add_.Tensor: operator.iadd,
 }

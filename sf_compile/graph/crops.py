@@ -15,7 +15,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sf_compile.graph import spelling
 from sf_compile.graph.normalize import value_of
-from sf_compile.graph.patterns import Crop, Miss
+from sf_compile.graph.steps import Crop
+from sf_compile.graph.values import Miss
 
 CROPS = frozenset({spelling.GETITEM, spelling.PAD})
 """The canonical operations that can be a crop."""

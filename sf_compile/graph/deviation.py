@@ -131,6 +131,12 @@ def _square_of(node: Any) -> Any:
     return a if same or call.name == "square" or (call.name == "pow" and b[0] == 2) else None
 
 
+def _behind_views(node: Any) -> tuple[Call | None, tuple[fx.Node, ...]]:
+    """The call that ``node`` is a view of, and the nodes up to it."""
+    path = views(node)
+    return read(path[-1]), tuple(path)
+
+
 def _variance(node: Any) -> Deviation | str | None:
     """A variance, what was added to it, and whether it was expanded to the size of the picture before."""
     spread = unexpanded(node)
@@ -139,21 +145,19 @@ def _variance(node: Any) -> Deviation | str | None:
         if not isinstance(found, Deviation) or found.small is not None:
             return found
         return found._replace(small=spread[-1], nodes=(*spread, *found.nodes))
-    path = views(node)
-    call = read(path[-1])
+    call, nodes = _behind_views(node)
     if call is None:
         return None
-    nodes = tuple(path)
     if call.name == "add":
         return _with_eps(call, nodes)
     if call.name == "mul":
         return _put_right(call, nodes)
     if call.name == "var":
-        variance = reduction(path[-1], "var")
+        variance = reduction(nodes[-1], "var")
         return Deviation(variance, nodes=nodes) if isinstance(variance, Reduction) else variance
     if call.name == "sub":
         return _difference_of_squares(call, nodes)
-    squares = _mean(path[-1])
+    squares = _mean(nodes[-1])
     if not isinstance(squares, Reduction):
         return squares
     squared = _square_of(views(squares.of)[-1])
@@ -213,13 +217,11 @@ def _difference_of_squares(call: Call, nodes: tuple[fx.Node, ...]) -> Deviation 
 
 def deviation(node: Any) -> Deviation | str | None:
     """sqrt(variance + eps) + outer_eps; None for anything else, a reason for something near it."""
-    path = views(node)
-    call = read(path[-1])
+    call, nodes = _behind_views(node)
     if call is None:
         return None
-    nodes = tuple(path)
     if call.name == "std":
-        found = reduction(path[-1], "std")
+        found = reduction(nodes[-1], "std")
         return Deviation(found, nodes=nodes) if isinstance(found, Reduction) else found
     if call.name == "add":
         for inner, eps in (call.arguments, call.arguments[::-1]):

@@ -10,117 +10,30 @@ and alone reads what a site finishes is the site's last step: one op writes what
 
 from __future__ import annotations
 
-import itertools
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from sf_compile.activations import Activation
 from sf_compile.graph import crops, patterns, spelling
+from sf_compile.graph.norm_patterns import NORMS
 from sf_compile.graph.normalize import NormalizedGraph
-from sf_compile.graph.patterns import (
-    Activate,
-    Add,
-    Affine,
-    Conv,
-    ConvTranspose,
-    Crop,
-    Miss,
-    Norm,
-    Pad,
-    Step,
-    Upsample,
-)
+from sf_compile.graph.sites import Match, Matches
+from sf_compile.graph.steps import Activate, Conv, ConvTranspose, Norm, Pad, Step, Upsample
+from sf_compile.graph.values import Miss, value_of
 
 log = logging.getLogger(__name__)
 
 # What a norm or a convolution can be followed by.
 _ENDS = spelling.ACTIVATIONS | {spelling.ADD}
+# Operations, in any mode, that networks which make pictures have.
+_LARGER = frozenset({spelling.INTERPOLATE, spelling.CONV_TRANSPOSE2D, torch.pixel_shuffle})
+# Dtypes of the fused convolutions' kernels, which apply an activation as they write.
+_WITH_EPILOGUE = (torch.float16, torch.bfloat16)
 # What a scale or an offset stays below: within float32.
 _LARGEST = 2.0**127
-
-
-@dataclass(frozen=True)
-class Match:
-    """One site: the steps of a chain, in the order they run. At least ``conv`` or ``norm`` is there.
-
-    ``before`` is an activation of what the convolution reads, ``activation`` one of its or its norm's output.
-    """
-
-    before: Activate | None = None
-    upsample: Upsample | None = None
-    pad: Pad | None = None
-    conv: Conv | None = None
-    crops: tuple[Crop, ...] = ()
-    norm: Norm | None = None
-    activation: Activate | None = None
-    affines: tuple[Affine, ...] = ()
-    add: Add | None = None
-    upsample_after: Upsample | None = None
-    pad_after: Pad | None = None
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        """The steps that are present, first to last."""
-        first = (self.before, self.upsample, self.pad, self.conv, *self.crops, self.norm, self.activation)
-        every = (*first, *self.affines, self.add, self.upsample_after, self.pad_after)
-        return tuple(step for step in every if step is not None)
-
-    @property
-    def pattern(self) -> str:
-        """The site's kind, spelled like ``upsample+pad+conv+norm+relu``."""
-        return "+".join(label for label, _ in itertools.groupby(step.kind for step in self.steps))
-
-    @property
-    def moves(self) -> bool:
-        """Whether what the site finishes is upsampled or padded by its last steps."""
-        return self.upsample_after is not None or self.pad_after is not None
-
-    @property
-    def function(self) -> Activation:
-        """What ``activation`` and ``affines`` come to."""
-        found = Activation() if self.activation is None else self.activation.activation
-        for step in self.affines:
-            found = found.then(step.scale, step.offset)
-        return found
-
-    @property
-    def input(self) -> fx.Node:
-        """The tensor that enters the chain."""
-        return self.steps[0].input
-
-    @property
-    def output(self) -> fx.Node:
-        """The node whose value leaves the chain."""
-        return self.steps[-1].node
-
-    @property
-    def anchor(self) -> fx.Node:
-        """The convolution, or the norm of a site without one."""
-        step = self.conv or self.norm
-        assert step is not None
-        return step.node
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is what any classifier has: no padding but the convolution's own, batch norm in eval."""
-        padded = self.pad is not None and any(self.pad.padding)
-        moved = padded or self.upsample is not None
-        return not moved and (self.norm is None or self.norm.node.target is spelling.BATCH_NORM)
-
-    def __repr__(self) -> str:
-        return f"{self.pattern}[{' '.join(step.node.name for step in self.steps)}]"
-
-
-@dataclass(frozen=True)
-class Matches:
-    """All sites of a graph in graph order, and every near miss with its reason."""
-
-    sites: tuple[Match, ...]
-    misses: tuple[Miss, ...]
 
 
 def match(graph: NormalizedGraph) -> Matches:
@@ -130,8 +43,8 @@ def match(graph: NormalizedGraph) -> Matches:
         if finder.operation(node) in patterns.CONVOLUTIONS:
             finder.visit(node, patterns.CONVOLUTIONS[node.target])
     for node in graph.graph.nodes:
-        if finder.operation(node) in patterns.NORMS and node not in finder.taken:
-            finder.visit(node, patterns.NORMS[node.target])
+        if finder.operation(node) in NORMS and node not in finder.taken:
+            finder.visit(node, NORMS[node.target])
     # A norm without a convolution in front of it may be finished by one that has nothing else around it.
     for node in graph.graph.nodes:
         if finder.operation(node) in patterns.CONVOLUTIONS and node not in finder.taken:
@@ -186,13 +99,22 @@ class _Finder:
         self.taken.update(step.node for step in site.steps)
 
     def leave_plain_networks(self) -> None:
-        """Fuse nothing where every site is plain: eager's passes are as few, and its results stay its own."""
-        if all(site.is_plain for site in self.sites):
-            reason = "a batch norm in a graph of no other sites"
+        """Fuse nothing where every site is plain: eager's passes are as few, and its results stay its own.
+
+        A network without norms that upsamples makes pictures, and is no classifier.
+        """
+        makes_pictures = all(site.norm is None for site in self.sites) and self.upsamples
+        if all(site.is_plain for site in self.sites) and not makes_pictures:
+            reason = "convolutions and batch norms in a graph of no other sites"
             for site in self.sites:
                 self.miss(Miss(site.anchor.name, reason))
             self.sites.clear()
             self.taken.clear()
+
+    @property
+    def upsamples(self) -> bool:
+        """Whether anything in the graph makes pictures larger."""
+        return any(node.target in _LARGER for node in self.graph.graph.nodes)
 
     def around(self, conv: Conv) -> Match:
         """The site of a convolution: backwards through pad and upsample, then forwards."""
@@ -216,16 +138,17 @@ class _Finder:
                 site, input = replace(site, upsample=upsample), upsample.input
         if self.operation(input) in spelling.ACTIVATIONS and not self.ends_another(input):
             before = patterns.activation(input)
-            if isinstance(before, Activate) and self.joins(input, site.steps[0].node):
+            joins = isinstance(before, Activate) and before.slope is None
+            if isinstance(before, Activate) and joins and self.joins(input, site.steps[0].node):
                 site = replace(site, before=before)
         return self.forward(site)
 
     def ends_another(self, activation: fx.Node) -> bool:
         """Whether ``activation`` is part of a site in front of it: of one found, or of a norm's."""
         producer = activation.all_input_nodes[0]
-        if activation in self.taken or self.operation(producer) not in patterns.NORMS:
+        if activation in self.taken or self.operation(producer) not in NORMS:
             return activation in self.taken
-        return len(producer.users) == 1 and isinstance(patterns.NORMS[producer.target](producer), Norm)
+        return len(producer.users) == 1 and isinstance(NORMS[producer.target](producer), Norm)
 
     def cropped(self, site: Match) -> Match:
         """``site`` with the crops between its convolution and a norm: an instance norm of what is left."""
@@ -235,9 +158,9 @@ class _Finder:
             if isinstance(crop, Miss):
                 return site
             end = replace(end, crops=(*end.crops, crop))
-        if node is None or self.operation(node) not in patterns.NORMS:
+        if node is None or self.operation(node) not in NORMS:
             return site
-        return end if isinstance(patterns.NORMS[node.target](node), Norm) else site
+        return end if isinstance(NORMS[node.target](node), Norm) else site
 
     def extend(self) -> None:
         """Give each site that has a finish what moves it: the upsampling and pad that alone read it."""
@@ -264,8 +187,8 @@ class _Finder:
     def forward(self, site: Match) -> Match:
         """Follow the chain from the site's end: norm, then activation, then affine maps, then add."""
         node = self.next(site)
-        if node is not None and site.norm is None and self.operation(node) in patterns.NORMS:
-            norm = patterns.NORMS[node.target](node)
+        if node is not None and site.norm is None and self.operation(node) in NORMS:
+            norm = NORMS[node.target](node)
             if isinstance(norm, Miss):
                 self.miss(norm)
                 return site
@@ -275,6 +198,9 @@ class _Finder:
             activation = patterns.activation(node)
             if isinstance(activation, Miss):
                 self.miss(activation)
+                return site
+            if activation.slope is not None and site.norm is None:
+                self.miss(Miss(node.name, "a PReLU that follows no norm"))
                 return site
             site = replace(site, activation=activation)
             node = self.next(site)
@@ -327,16 +253,28 @@ class _Finder:
         inside = [step.node.name for step in site.steps if step.node.name in self.graph.autocast]
         if inside:
             return f"autocast region around {inside[0]}"
-        if torch.is_autocast_enabled(patterns.value_of(site.output).device.type):
+        if torch.is_autocast_enabled(value_of(site.output).device.type):
             return "autocast is active"
         padding = site.pad is not None and any(site.pad.padding)
-        if site.norm is None and site.upsample is None and not padding and not self.finishes(site.input):
+        bare = site.norm is None and site.upsample is None and not padding
+        if bare and not self.finishes(site.input) and not self.ends_in_a_kernel(site):
             return "a convolution with nothing around it that fusion saves"
         return None
 
     def finishes(self, input: fx.Node) -> bool:
         """Whether a reader of ``input`` can apply the norm or the addition of the site that makes it."""
         return any(site.output is input and (site.norm or site.add) for site in self.sites)
+
+    def ends_in_a_kernel(self, site: Match) -> bool:
+        """Whether a kernel of ours may save passes that PyTorch makes around a convolution alone.
+
+        On a GPU, of 16-bit pictures: the bias, and an activation behind it, in the convolution's epilogue.
+        """
+        value = value_of(site.output)
+        if value.device.type != "cuda" or value.dtype not in _WITH_EPILOGUE:
+            return False
+        reads_a_site = any(other.output is site.input for other in self.sites)
+        return len(site.steps) > 1 or reads_a_site
 
     def barrier(self, node: fx.Node, reader: fx.Node) -> str | None:
         """What keeps ``node`` and ``reader`` apart: a barrier between the two, or None."""

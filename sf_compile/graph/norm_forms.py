@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from sf_compile.graph import spelling
+from sf_compile.graph import signatures, spelling
 from sf_compile.graph.deviation import Centred, Deviation, centred, deviation, inverse_deviation, spreads
 from sf_compile.graph.expressions import is_number, read, unexpanded, views
 from sf_compile.graph.norm_affine import Vector, vector_of, vectors_of
@@ -49,7 +49,7 @@ def norm_at(node: fx.Node, walls: Walls) -> NormForm | str | None:
     """The norm that ``node`` computes; a reason for what is near one, and None for anything else."""
     if not isinstance(value_of(node), Tensor):
         return None
-    canonical = spelling.canonical(node)
+    canonical = signatures.canonical(node)
     if canonical is not None:
         if canonical.target is spelling.BATCH_NORM:
             return _batch_norm(node, canonical.args, walls)

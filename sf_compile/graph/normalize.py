@@ -21,7 +21,8 @@ from torch import fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from sf_compile.graph import handwritten_norm
-from sf_compile.graph.spelling import ADD, FRESH, WITH_NUMBER, Spelling, canonical, is_identity
+from sf_compile.graph.signatures import canonical
+from sf_compile.graph.spelling import ADD, FRESH, WITH_NUMBER, Spelling, is_identity
 from sf_compile.graph.values import Miss, same_shape, value_of
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def normalize(gm: fx.GraphModule, example_inputs: list[Any] | None = None) -> No
         value, original_output = output
         graph.output(value).meta.update(original_output.meta)
     _record_values(gm, graph, example_inputs)
-    misses = handwritten_norm.gather(graph, _barriers(graph), _autocast_regions(graph))
+    misses = handwritten_norm.gather(graph, barriers(graph), _autocast_regions(graph))
     respelled: set[fx.Node] = set()
     for node in list(graph.nodes):
         if is_identity(node):
@@ -103,7 +104,7 @@ def normalize(gm: fx.GraphModule, example_inputs: list[Any] | None = None) -> No
         respelled.add(node)
     graph.lint()
     return NormalizedGraph(
-        gm, graph, frozenset(respelled), _barriers(graph), _autocast_regions(graph), tuple(misses)
+        gm, graph, frozenset(respelled), barriers(graph), _autocast_regions(graph), tuple(misses)
     )
 
 
@@ -165,7 +166,8 @@ def _respell(node: fx.Node, spelling: Spelling) -> None:
     node.args, node.kwargs = spelling.args, {}
 
 
-def _barriers(graph: fx.Graph) -> tuple[fx.Node, ...]:
+def barriers(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """The nodes that write into a tensor or switch a mode, in graph order."""
     return tuple(node for node in graph.nodes if writes(node) or node.target in _MODE_SWITCHES)
 
 

@@ -20,8 +20,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from sf_compile.graph.match import Match, Matches
 from sf_compile.graph.normalize import NormalizedGraph, value_of
+from sf_compile.graph.sites import Match, Matches
 from sf_compile.options import Options
 
 log = logging.getLogger(__name__)
@@ -132,11 +132,14 @@ class _Planner:
         )
         if site.norm is None and site.add is None:
             return draft
-        if site.moves:
+        if site.moves or site.slope is not None:
             if site.conv is None and site.norm is not None and site.norm.mean is None:
                 draft = replace(draft, op=self.statistics_op(site))
-            last = site.output.name
-            return replace(draft, finish="here", why=f"normalised at its end, in one pass with {last}")
+            if site.moves:
+                why = f"normalised at its end, in one pass with {site.output.name}"
+            else:
+                why = "normalised at its end: the slope of its PReLU is a tensor"
+            return replace(draft, finish="here", why=why)
         consumer, why = self.consumer(site)
         if consumer is None:
             return replace(draft, finish="here", why=why)

@@ -2,7 +2,8 @@
 
 A *region* is a run of ``styleforge`` ops with nothing between them in the graph's order. It becomes a module
 of the rewritten graph that holds the same ops in a graph of its own, so that whoever runs it sees them all
-at once.
+at once. An operation between two ops that reads nothing of theirs, such as the layer that makes a style's
+scale and shift, is put in front of them before.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+
+from sf_compile.graph.normalize import barriers
 
 OPS = (
     "conv2d", "normalize", "instance_norm", "instance_statistics", "norm_statistics", "residual_trunk",
@@ -51,6 +54,7 @@ def group(gm: fx.GraphModule, runner: Callable[[fx.GraphModule], Callable[..., A
     An op that stands for several sites is a run by itself.
     ``gm`` computes what it did; ``runner`` is what ``Region`` takes.
     """
+    _clear(gm.graph)
     regions: list[Region] = []
     for run in _runs(gm.graph):
         region = Region(_extracted(run), runner)
@@ -67,6 +71,24 @@ def group(gm: fx.GraphModule, runner: Callable[[fx.GraphModule], Callable[..., A
 def _is_op(node: fx.Node) -> bool:
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target.name() in {f"styleforge::{op}" for op in OPS}
+
+
+def _clear(graph: fx.Graph) -> None:
+    """Move what stands between ops, and does without their results, in front of them.
+
+    Our ops write into nothing, so only an operation that writes, or that switches a mode, may not cross them.
+    What is moved keeps its order.
+    """
+    fixed = frozenset(barriers(graph))
+    run: dict[fx.Node, None] = {}
+    for node in list(graph.nodes):
+        if _is_op(node) or (node.target is getitem and node.args[0] in run):
+            run[node] = None
+        elif node.users and node not in fixed and not any(input in run for input in node.all_input_nodes):
+            if run and node.op != "placeholder":
+                next(iter(run)).prepend(node)
+        else:
+            run.clear()
 
 
 def _runs(graph: fx.Graph) -> list[list[fx.Node]]:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from sf_compile.graph.match import Match
 from sf_compile.graph.normalize import NormalizedGraph
-from sf_compile.graph.patterns import ConvTranspose
 from sf_compile.graph.plan import Decision, Plan
+from sf_compile.graph.sites import Match
+from sf_compile.graph.steps import ConvTranspose
 
 
 @dataclass
@@ -152,9 +152,11 @@ class _Writer:
             return self.call(
                 "instance_norm", (raw, weight, bias, eps, activation, residual, decision.channels_last)
             )
-        moves: tuple[Any, ...] = ()
-        if site.moves:
+        more: tuple[Any, ...] = ()
+        if site.moves or site.slope is not None:
             factor = site.upsample_after.factor if site.upsample_after else 1
             pad = site.pad_after
-            moves = (factor, *((list(pad.padding), pad.mode) if pad else ([0, 0, 0, 0], "zeros")))
-        return self.call("normalize", (raw, *arguments, activation, residual, decision.channels_last, *moves))
+            more = (factor, *((list(pad.padding), pad.mode) if pad else ([0, 0, 0, 0], "zeros")))
+        if site.slope is not None:
+            more = (*more, site.slope)
+        return self.call("normalize", (raw, *arguments, activation, residual, decision.channels_last, *more))

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,11 @@ def whole_images(normalized_shape: Any, value: Any) -> bool:
     return None not in sizes and same_sizes(sizes, value.shape[1:])
 
 
+def arguments_of(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments of a canonical node, in the order that ``spelling`` documents."""
+    return node.args
+
+
 def value_of(node: Any) -> Any:
     """The fake tensor (or symbolic number) that Dynamo recorded for ``node``; None if it has none."""
     return node.meta.get("example_value") if isinstance(node, fx.Node) else None
@@ -39,3 +48,19 @@ def same_shape(a: Any, b: Any) -> bool:
 def same_sizes(a: Any, b: Any) -> bool:
     """Whether two shapes surely are one."""
     return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
+
+
+def not_a_picture(node: fx.Node, what: str) -> Miss | None:
+    """Why the output of ``node`` is not a picture that the ops take; None if it is one."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return Miss(node.name, f"{what} without a recorded shape")
+    if value.dim() != 4:
+        return Miss(node.name, f"{what} of a {value.dim()}-dimensional tensor, not (N, C, H, W)")
+    if value.dtype not in DTYPES:
+        return Miss(node.name, f"{what} in {value.dtype}")
+    if value.device.type not in DEVICES:
+        return Miss(node.name, f"{what} on device {value.device.type!r}")
+    if value.layout != torch.strided:
+        return Miss(node.name, f"{what} of a {value.layout} tensor")
+    return None

@@ -46,6 +46,13 @@ _BY_VALUE: dict[str, Callable[..., Tensor | None]] = {
 }
 
 
+def prelu_gradients(grad: Tensor, x: Tensor, slope: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Of x and of the slope, (1,) or (C,), of scale * prelu(x)."""
+    through, of_slope = _aten._prelu_kernel_backward(grad * scale, x, slope.to(x.dtype).reshape(1, -1, 1, 1))
+    total = of_slope.sum((0, 2, 3))
+    return through, (total if slope.shape[0] == x.shape[1] else total.sum(0, keepdim=True)).to(slope.dtype)
+
+
 def activation_gradient(grad: Tensor, x: Tensor, activation: str) -> Tensor:
     """The gradient of ``x``, of which ``activation`` made what ``grad`` is the gradient of."""
     found = parse(activation)

@@ -49,13 +49,33 @@ def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None
     )
 
 
-def check_activation(op: str, name: str, text: Any) -> None:
-    """``text`` must name one of ``sf_compile.activations``."""
+def check_activation(op: str, name: str, text: Any, slope: Tensor | None = None) -> None:
+    """``text`` must name one of ``sf_compile.activations``: a PReLU if, and only if, a slope is given."""
     try:
-        parse(text)
+        found = parse(text)
     except ValueError as error:
         message = f"styleforge::{op}: {name} must be {error}"
         require(False, lambda: message)
+        return
+    require(
+        (found.function == "prelu") == (slope is not None),
+        lambda: f"styleforge::{op}: {name} {text!r} {'has no' if slope is not None else 'needs a'} slope",
+    )
+
+
+def check_slope(op: str, input: Tensor, slope: Tensor | None) -> None:
+    """``slope`` must be a PReLU's: (1,) or (C,), of the input's dtype and device."""
+    if slope is None:
+        return
+    require(
+        slope.dim() == 1 and (slope.shape[0] == 1 or slope.shape[0] == input.shape[1]),
+        lambda: f"styleforge::{op}: slope must be (1,) or ({input.shape[1]},), got {tuple(slope.shape)}",
+    )
+    require(
+        slope.dtype == input.dtype and slope.device == input.device,
+        lambda: f"styleforge::{op}: slope is {slope.dtype} on {slope.device}, the input {input.dtype} on "
+        f"{input.device}",
+    )
 
 
 def check_residual(op: str, input: Tensor, residual: Tensor | None) -> None:

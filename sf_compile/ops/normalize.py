@@ -2,7 +2,7 @@
 
 The second half of an instance norm (the first is ``instance_statistics`` or the statistics that
 ``conv2d`` returns), or a whole norm with running statistics. What it makes may be upsampled and padded
-on the way out, for a reader that is no fused convolution:
+on the way out, for a reader that is no fused convolution. ``slope`` is a PReLU's, (1,) or (C,):
 
     output = pad(upsample_nearest(act((input - mean) / sqrt(variance + eps) * weight + bias) + residual))
 """
@@ -15,21 +15,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sf_compile.activations import parse
 from sf_compile.ops import reference
-from sf_compile.ops.activation_gradients import activation_gradient
+from sf_compile.ops.activation_gradients import activation_gradient, prelu_gradients
 from sf_compile.ops.checks import (
     check_activation,
     check_image,
     check_moves,
     check_norm,
     check_residual,
+    check_slope,
 )
 from sf_compile.ops.library import empty_image, register
 
 SCHEMA = (
     "normalize(Tensor input, Tensor? mean, Tensor? variance, Tensor? weight, Tensor? bias, float eps, "
     "str activation='none', Tensor? residual=None, bool channels_last=False, int upsample=1, "
-    "int[4] padding=[0, 0, 0, 0], str padding_mode='zeros') -> Tensor"
+    "int[4] padding=[0, 0, 0, 0], str padding_mode='zeros', "
+    "Tensor? slope=None) -> Tensor"
 )
 
 
@@ -55,6 +58,7 @@ class NormGradients(NamedTuple):
     variance: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    slope: Tensor | None = None
 
 
 def _like(grad: Tensor, vector: Tensor) -> Tensor:
@@ -62,7 +66,9 @@ def _like(grad: Tensor, vector: Tensor) -> Tensor:
     return (grad.sum(0) if vector.dim() == 1 else grad).to(vector.dtype)
 
 
-def normalize_gradients(grad: Tensor, input: Tensor, norm: Norm) -> NormGradients:
+def normalize_gradients(
+    grad: Tensor, input: Tensor, norm: Norm, slope: Tensor | None = None
+) -> NormGradients:
     """Gradients of act(a) with a = (x - m) s w + b and s = 1 / sqrt(v + eps), all (N, C, H, W) or (C,).
 
     da/dx = s w, da/dm = -s w, da/dv = -(x - m) s^3 w / 2, da/dw = (x - m) s, da/db = 1.
@@ -71,14 +77,16 @@ def normalize_gradients(grad: Tensor, input: Tensor, norm: Norm) -> NormGradient
     centred = input.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
     grad = grad.to(centred.dtype)
     if mean is None or variance is None:
-        return NormGradients(activation_gradient(grad, centred, activation), None, None, None, None)
+        grad, of_slope = _through(grad, centred, activation, slope)
+        return NormGradients(grad, None, None, None, None, of_slope)
     centred = centred - reference.per_channel(mean)
     inverse = torch.rsqrt(reference.per_channel(variance) + eps)
     scale = inverse if weight is None else inverse * reference.per_channel(weight.to(inverse.dtype))
+    of_slope = None
     if activation != "none":
         value = centred * scale
         value = value if bias is None else value + reference.per_channel(bias.to(value.dtype))
-        grad = activation_gradient(grad, value, activation)
+        grad, of_slope = _through(grad, value, activation, slope)
     total = grad.sum((2, 3))
     correlation = (grad * centred).sum((2, 3))
     flat = inverse.flatten(1)
@@ -89,7 +97,17 @@ def normalize_gradients(grad: Tensor, input: Tensor, norm: Norm) -> NormGradient
         _like(-0.5 * correlation * flat_scale * flat.square(), variance),
         None if weight is None else _like(correlation * flat, weight),
         None if bias is None else _like(total, bias),
+        of_slope,
     )
+
+
+def _through(
+    grad: Tensor, value: Tensor, activation: str, slope: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the activation's argument and, of a PReLU, of its slope."""
+    if slope is None:
+        return activation_gradient(grad, value, activation), None
+    return prelu_gradients(grad, value, slope, parse(activation).scale)
 
 
 def moved_gradient(
@@ -128,6 +146,7 @@ class Arguments(NamedTuple):
     upsample: int = 1
     padding: Sequence[int] = (0, 0, 0, 0)
     padding_mode: str = "zeros"
+    slope: Tensor | None = None
 
     @property
     def norm(self) -> Norm:
@@ -139,7 +158,8 @@ def _check(a: Arguments) -> tuple[Any, Any]:
     """Check everything that fake and real calls share; return the output's height and width."""
     check_image("normalize", a.input)
     check_norm("normalize", a.input, a.mean, a.variance, a.weight, a.bias)
-    check_activation("normalize", "activation", a.activation)
+    check_activation("normalize", "activation", a.activation, a.slope)
+    check_slope("normalize", a.input, a.slope)
     check_residual("normalize", a.input, a.residual)
     return check_moves("normalize", a.input, a.upsample, a.padding, a.padding_mode)
 
@@ -147,7 +167,7 @@ def _check(a: Arguments) -> tuple[Any, Any]:
 def _cpu(*arguments: Any) -> Tensor:
     a = Arguments(*arguments)
     _check(a)
-    z = reference.normalize(a.input, *a.norm, a.residual)
+    z = reference.normalize(a.input, *a.norm, a.residual, a.slope)
     return reference.layout(reference.moved(z, a.upsample, a.padding, a.padding_mode), a.channels_last)
 
 
@@ -157,8 +177,9 @@ def _cuda(*arguments: Any) -> Tensor:
     a = Arguments(*arguments)
     _check(a)
     return normalization.normalize(
-        a.input, a.norm, a.residual, a.channels_last, a.upsample, a.padding, a.padding_mode
-    )
+        a.input, a.norm, a.residual, a.channels_last, a.upsample, a.padding, a.padding_mode,
+        a.slope,
+    )  # fmt: skip
 
 
 def _fake(*arguments: Any) -> Tensor:
@@ -169,18 +190,18 @@ def _fake(*arguments: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a = Arguments(*inputs)
-    ctx.save_for_backward(a.input, a.mean, a.variance, a.weight, a.bias)
+    ctx.save_for_backward(a.input, a.mean, a.variance, a.weight, a.bias, a.slope)
     ctx.eps, ctx.activation, ctx.has_residual = a.eps, a.activation, a.residual is not None
     ctx.moves = a.upsample, tuple(a.padding), a.padding_mode
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, mean, variance, weight, bias = ctx.saved_tensors
+    input, mean, variance, weight, bias, slope = ctx.saved_tensors
     norm = Norm(mean, variance, weight, bias, ctx.eps, ctx.activation)
     grad = moved_gradient(grad, input.shape, *ctx.moves)
-    grads = normalize_gradients(grad, input, norm)
+    grads = normalize_gradients(grad, input, norm, slope)
     grad_residual = grad if ctx.has_residual else None
-    return grads.input.to(input.dtype), *grads[1:], None, None, grad_residual, *[None] * 4
+    return grads.input.to(input.dtype), *grads[1:5], None, None, grad_residual, *[None] * 4, grads.slope
 
 
 register(

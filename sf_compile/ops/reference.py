@@ -113,10 +113,10 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 }  # fmt: skip
 
 
-def activate_(x: Tensor, activation: str) -> Tensor:
+def activate_(x: Tensor, activation: str, slope: Tensor | None = None) -> Tensor:
     """An activation of ``sf_compile.activations``, which may write into ``x``; returns the result."""
     function, parameters, scale, offset = found = parse(activation)
-    x = _FUNCTIONS[function](x, *parameters)
+    x = _FUNCTIONS[function](x, *parameters) if slope is None else torch.prelu(x, slope.to(x.dtype))
     # Autograd may have kept the function's value: it is not written into.
     return (x * scale).add_(offset) if found.is_scaled else x
 
@@ -130,9 +130,13 @@ def normalize(
     eps: float,
     activation: str,
     residual: Tensor | None,
+    slope: Tensor | None = None,
 ) -> Tensor:
-    """act((input - mean) / sqrt(variance + eps) * weight + bias) + residual, in ``input``'s dtype."""
-    x = activate_(affine(input, mean, variance, weight, bias, eps), activation)
+    """act((input - mean) / sqrt(variance + eps) * weight + bias) + residual, in ``input``'s dtype.
+
+    ``slope`` (1,) or (C,) is that of a PReLU.
+    """
+    x = activate_(affine(input, mean, variance, weight, bias, eps), activation, slope)
     if residual is not None:
         x.add_(residual)
     return x.to(input.dtype)
@@ -201,7 +205,7 @@ def conv_transpose2d(
     out = F.conv_transpose2d(input, weight, bias, list(stride), sizes, output_sizes)
     if any(cuts):
         out = F.pad(out, [-cut for cut in cuts])
-    return out.relu_() if activation == "relu" else out
+    return _activated(out, activation)
 
 
 def transposed_sizes(
@@ -223,7 +227,11 @@ def conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], activation: str
 ) -> Tensor:
     """The convolution of an input already padded, and its activation, rounded once if it rounds at all."""
-    out = F.conv2d(input, weight, bias, list(stride))
+    return _activated(F.conv2d(input, weight, bias, list(stride)), activation)
+
+
+def _activated(out: Tensor, activation: str) -> Tensor:
+    """The activation of what a convolution made, rounded once if it rounds at all; may write into it."""
     if activation in ("none", "relu"):
         return activate_(out, activation)
     return activate_(out.to(statistics_dtype(out.dtype)), activation).to(out.dtype)

@@ -48,6 +48,6 @@ class WhiteBox(nn.Module):
 
 
 ROWS = (
-    # Nothing here must be fused: whether a convolution with an activation wins is the planner's to say.
+    # On a CPU nothing is fused; tests/test_bare_convolutions.py has what is on a GPU: all.
     Architecture("White-box cartoon", lambda: WhiteBox(8, 2), ((1, 3, 32, 40),), 14, 0, 0, ("bilinear",)),
 )

@@ -8,8 +8,6 @@ from __future__ import annotations
 from fuzz.norms import adaptive_norm, norm, written_norm
 from fuzz.sketch import Sketch
 
-KERNELS = (3, 1, 3, 5, 3, 2, 7, 4, 9, 6)
-
 
 def pad(s: Sketch, t: str) -> str:
     """Padding of every mode; asymmetric, empty, cropping, or one too large."""
@@ -37,9 +35,9 @@ def pad(s: Sketch, t: str) -> str:
 def conv(s: Sketch, t: str) -> str:
     """A convolution: dense, strided, grouped, dilated, of even kernels, or called as a function."""
     channels = s.value(t).shape[1]
-    kernel = s.one_of(*KERNELS)
+    kernel = s.one_of(*s.kernels)
     if s.one_in(8):
-        kernel = (kernel, s.one_of(*KERNELS))  # type: ignore[assignment]
+        kernel = (kernel, s.one_of(*s.kernels))  # type: ignore[assignment]
     out = s.one_of(*s.channels, channels)
     largest = kernel if isinstance(kernel, int) else max(kernel)
     stride = s.one_of(1, 1, 1, 2, 2, 3, (2, 1))

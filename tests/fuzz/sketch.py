@@ -32,9 +32,13 @@ class Sketch:
         refused: Whether the last statement is one that PyTorch refuses: nothing can follow it.
     """
 
-    def __init__(self, draw: Any, x: Tensor, training: bool, channels: Sequence[int], refusals: bool) -> None:
+    def __init__(
+        self, draw: Any, x: Tensor, training: bool, channels: Sequence[int], kernels: Sequence[int],
+        refusals: bool,
+    ) -> None:  # fmt: skip
         self.draw = draw
         self.channels = channels
+        self.kernels = kernels
         self.training = training
         self.refusals = refusals
         self.modules: list[tuple[str, str]] = []
