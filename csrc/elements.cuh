@@ -68,38 +68,41 @@ DEVICE float clamp_below(float y, float lower) {
 }
 
 // VECTOR elements moved in one access of up to 16 bytes; addresses are multiples of its size.
-template <int kCount> struct alignas(kCount * sizeof(element)) Vector {
-  element values[kCount];
+template <int kCount, int kDtype = DTYPE>
+struct alignas(kCount * sizeof(typename Storage<kDtype>::type)) Vector {
+  typename Storage<kDtype>::type values[kCount];
 };
 
-template <int kCount> DEVICE Vector<kCount> from_floats(const float (&values)[kCount]) {
-  Vector<kCount> out;
-  if constexpr (DTYPE != 0 && kCount > 1) {
+template <int kDtype = DTYPE, int kCount> DEVICE Vector<kCount, kDtype> from_floats(const float (&values)[kCount]) {
+  Vector<kCount, kDtype> out;
+  if constexpr (kDtype != 0 && kCount > 1) {
     u32* pairs = reinterpret_cast<u32*>(out.values);
 #pragma unroll
-    for (int i = 0; i < kCount / 2; i++) pairs[i] = pack<DTYPE>(values[2 * i], values[2 * i + 1]);
+    for (int i = 0; i < kCount / 2; i++) pairs[i] = pack<kDtype>(values[2 * i], values[2 * i + 1]);
   } else {
 #pragma unroll
-    for (int i = 0; i < kCount; i++) out.values[i] = from_float<DTYPE>(values[i]);
+    for (int i = 0; i < kCount; i++) out.values[i] = from_float<kDtype>(values[i]);
   }
   return out;
 }
 
-template <int kCount> DEVICE Vector<kCount> load(const element* from) {
-  return *reinterpret_cast<const Vector<kCount>*>(from);
+template <int kCount, int kDtype = DTYPE>
+DEVICE Vector<kCount, kDtype> load(const typename Storage<kDtype>::type* from) {
+  return *reinterpret_cast<const Vector<kCount, kDtype>*>(from);
 }
 // Two or four words are written by name: of a plain assignment the compiler often makes stores of 4 bytes each.
 // Other accesses may pass this one: what it writes must not be read in the same kernel.
-template <int kCount> DEVICE u32 word(const Vector<kCount>& vector, int i) {
-  if constexpr (DTYPE == 0) return __float_as_uint(vector.values[i]);
+template <int kCount, int kDtype> DEVICE u32 word(const Vector<kCount, kDtype>& vector, int i) {
+  if constexpr (kDtype == 0) return __float_as_uint(vector.values[i]);
   else return reinterpret_cast<const u32*>(vector.values)[i];
 }
-template <int kCount> DEVICE void store(element* to, const Vector<kCount>& vector) {
+template <int kCount, int kDtype>
+DEVICE void store(typename Storage<kDtype>::type* to, const Vector<kCount, kDtype>& vector) {
   if constexpr (sizeof(vector) == 16)
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word(vector, 0)),
                  "r"(word(vector, 1)), "r"(word(vector, 2)), "r"(word(vector, 3)));
   else if constexpr (sizeof(vector) == 8)
     asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(word(vector, 0)), "r"(word(vector, 1)));
   else
-    *reinterpret_cast<Vector<kCount>*>(to) = vector;
+    *reinterpret_cast<Vector<kCount, kDtype>*>(to) = vector;
 }

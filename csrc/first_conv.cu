@@ -23,7 +23,7 @@
 //
 // Constants: DTYPE, PARAMETER, CHANNELS (of the input), KERNEL (3, 5, 7, 9), MMA_N, BOX (pixels of a tensor
 // store, which divide a strip), PAD (1 zeros, 2 reflect, 3 replicate), STATISTICS, BIAS,
-// OUTPUT_ACTIVATION (of activation.cuh).
+// OUTPUT_ACTIVATION (of activation.cuh), PICTURE (the input's DTYPE, which is rounded on the way in).
 #include "activation.cuh"
 #include "channel_sums.cuh"
 #include "hopper.cuh"
@@ -66,7 +66,7 @@ static_assert(INPUT_ROWS % 2 || UNIT_ROWS % 2 == 0, "units with an even number o
 
 // The input, with strides in elements.
 struct Picture {
-  const element* pixels;
+  const Storage<PICTURE>::type* pixels;
   i64 image, channel, row;
   int pixel, height, width, top, left, padded_width;
 };
@@ -98,6 +98,12 @@ struct Share {
   int first, end, height, strips;
 };
 
+// A number of the picture as the kernel computes with it.
+DEVICE element rounded(Storage<PICTURE>::type value) {
+  if constexpr (PICTURE == DTYPE) return value;
+  else return from_float<DTYPE>(to_float<PICTURE>(value));
+}
+
 // A pixel as an operand of the products.
 DEVICE void store_pixel(u32 to, const element (&channels)[4]) {
 #if DTYPE == 0
@@ -114,7 +120,7 @@ DEVICE void store_pixel(u32 to, const element (&channels)[4]) {
 template <int kInFlight>
 DEVICE void pack_row(const Picture& in, const Ring& ring, int position, int image, int row, int column) {
   const int lane = threadIdx.x % 32, from_y = source(row - in.top, in.height);
-  const element* pixels = in.pixels + image * in.image + max(from_y, 0) * in.row;
+  const Storage<PICTURE>::type* pixels = in.pixels + image * in.image + max(from_y, 0) * in.row;
 #pragma unroll
   for (int start = 0; start < PIXELS_A_LANE; start += kInFlight) {
     element values[kInFlight][4];
@@ -127,7 +133,7 @@ DEVICE void pack_row(const Picture& in, const Ring& ring, int position, int imag
 #pragma unroll
       for (int c = 0; c < 4; c++) {
         values[i][c] = 0;
-        if (c < CHANNELS && reads) values[i][c] = pixels[c * in.channel + from * in.pixel];
+        if (c < CHANNELS && reads) values[i][c] = rounded(pixels[c * in.channel + from * in.pixel]);
       }
     }
     if (start == 0) ring.wait_empty(position);
@@ -235,7 +241,7 @@ DEVICE void write_unit(const float (&d)[MMA_N / 2], const float (&bias)[2], cons
 // whole rows, then the tail for an even and, where there are two, for an odd first slot. `out` is the map of the
 // output with boxes of GROUP channels and BOX pixels of a row, swizzled. Images x strips x rows < 2^31.
 extern "C" __global__ void __launch_bounds__(384, 1) first_conv(
-    const __grid_constant__ TensorMap out, const element* x, const element* weights, const element* bias,
+    const __grid_constant__ TensorMap out, const Storage<PICTURE>::type* x, const element* weights, const element* bias,
     Activation activation, SumsWorkspace* workspace, float* mean, float* variance, i64 x_image, i64 x_channel,
     i64 x_row,
     int x_pixel, int images, int height, int width, int out_channels, int out_height, int out_width, int top,

@@ -25,7 +25,7 @@
 // OUTPUT_ACTIVATION (of activation.cuh; of the former its first few, of the latter FLOOR for a ReLU or none), MMA_N,
 // SLOTS (rows of the ring, more than KERNEL), PITCH (floats from plane to plane in shared memory, 8 or 24 modulo
 // 32), HELD (products, the first of a unit, whose weights are in registers; those of the others are in shared
-// memory).
+// memory), OUTPUT (the DTYPE that is written).
 #include "operand_chunk.cuh"
 
 #define PIXELS (CHANNELS < 32 ? 2 : 1)  // of a column
@@ -205,7 +205,7 @@ DEVICE void normalize(const Shared& shared, const Geometry& g, const Norm& norm,
 
 // The picture that is written: elements from an output channel to the next, and from a pixel to the next.
 struct Picture {
-  element* out;
+  Storage<OUTPUT>::type* out;
   i64 plane;
   int pixel;
 };
@@ -283,7 +283,7 @@ DEVICE void multiply_and_add(const Shared& shared, const Geometry& g, const uint
     // for. By now both groups have handed back what was in the slots of the latter before.
     release(row);
 
-    element* to = picture.out + ((i64)image * g.out_height * g.out_width * OUT_CHANNELS) +
+    Storage<OUTPUT>::type* to = picture.out + ((i64)image * g.out_height * g.out_width * OUT_CHANNELS) +
                   ((i64)y * g.out_width + x0) * picture.pixel;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -317,7 +317,7 @@ DEVICE void multiply_and_add(const Shared& shared, const Geometry& g, const uint
 #pragma unroll
             for (int o = 0; o < OUT_CHANNELS; o++)
               to[o * picture.plane + x * picture.pixel] =
-                  from_float<DTYPE>(activate_and_scale<OUTPUT_ACTIVATION>(sum[o], activation));
+                  from_float<OUTPUT>(activate_and_scale<OUTPUT_ACTIVATION>(sum[o], activation));
           }
         }
       }
@@ -332,7 +332,7 @@ DEVICE void multiply_and_add(const Shared& shared, const Geometry& g, const uint
 extern "C" __global__ void __launch_bounds__(384, 1) last_conv(
     const element* __restrict__ x, const uint4* __restrict__ weights, const float* mean,
     const float* variance, const parameter* norm_weight, const parameter* norm_bias, float eps,
-    i64 image_stride, i64 weight_stride, i64 bias_stride, const element* bias, element* out, int images, int height, int width, int out_height,
+    i64 image_stride, i64 weight_stride, i64 bias_stride, const element* bias, Storage<OUTPUT>::type* out, int images, int height, int width, int out_height,
     int out_width, int top, int left, int pad, int channels_last, Activation activation,
     Activation output_activation) {
   extern __shared__ __align__(1024) unsigned char memory[];

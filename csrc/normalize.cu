@@ -5,7 +5,8 @@
 //
 // Every output pixel finds its source by index arithmetic; nothing else is written.
 // Absent parts are null pointers. Constants: DTYPE, PARAMETER, LAYOUT (below), VECTOR, UPSAMPLE (1 or 2; 0 where
-// the factor is only known at run time), ACTIVATION (of activation.cuh), PAD (0 none, 1 zeros, 2 reflect, 3 replicate).
+// the factor is only known at run time), ACTIVATION (of activation.cuh), PAD (0 none, 1 zeros, 2 reflect, 3 replicate),
+// RESIDUAL and OUTPUT (the DTYPE of the residual, and of what is written).
 #include "activation.cuh"
 #include "dependent_launch.cuh"
 #include "norm.cuh"
@@ -14,6 +15,9 @@
 #define CHANNELS_LAST 0  // every tensor channels_last: a thread moves VECTOR channels of a pixel
 #define CONTIGUOUS 1     // every tensor contiguous: a thread moves VECTOR pixels of a plane
 #define STRIDED 2        // tensors of different layouts: one element a thread, in the output's order
+
+typedef Storage<RESIDUAL>::type added;
+typedef Storage<OUTPUT>::type result;
 
 #define UNROLL 4
 // Of a multiprocessor. Functions with an exponential need more registers.
@@ -34,8 +38,8 @@
 #endif
 
 #define ARGUMENTS                                                                                          \
-  const element *__restrict__ x, const element *__restrict__ residual, element *__restrict__ out,          \
-      element *__restrict__ kept, const float *mean, const float *variance, const parameter *weight,       \
+  const element *__restrict__ x, const added *__restrict__ residual, result *__restrict__ out,             \
+      result *__restrict__ kept, const float *mean, const float *variance, const parameter *weight,       \
       const parameter *bias, float eps, Activation activation, i64 image_stride, i64 weight_stride, i64 bias_stride, \
       int channels, int height, int width, int run_time_factor, int top, int left, int out_height, int out_width SLOPES
 #define FACTOR (UPSAMPLE ? UPSAMPLE : run_time_factor)
@@ -51,17 +55,19 @@
 
 // One segment of a row: pixels start, start + columns, ... below end, UNROLL loads in flight.
 template <bool kResidual, bool kKeep> DEVICE void write_row(
-    const Affine (&affine)[VECTOR], ACTIVATIONS(activation), const element* from_row, const element* more_row,
-    element* to_row, element* kept_row, bool zero_row, int start, int end, int columns, int channels, int left, int width, int factor) {
+    const Affine (&affine)[VECTOR], ACTIVATIONS(activation), const element* from_row, const added* more_row,
+    result* to_row, result* kept_row, bool zero_row, int start, int end, int columns, int channels, int left, int width,
+    int factor) {
   for (int x0 = start; x0 < end; x0 += UNROLL * columns) {
-    Vector<VECTOR> in[UNROLL], more[UNROLL];
+    Vector<VECTOR> in[UNROLL];
+    Vector<VECTOR, RESIDUAL> more[UNROLL];
     int from[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
       from[u] = source(min(x0 + u * columns, end - 1), left, width, factor);
       const int offset = PAD == 1 ? max(from[u], 0) * channels : from[u] * channels;
       in[u] = load<VECTOR>(from_row + offset);
-      if (kResidual) more[u] = load<VECTOR>(more_row + offset);
+      if (kResidual) more[u] = load<VECTOR, RESIDUAL>(more_row + offset);
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
@@ -70,13 +76,13 @@ template <bool kResidual, bool kKeep> DEVICE void write_row(
 #pragma unroll
       for (int v = 0; v < VECTOR; v++) {
         values[v] = activate_and_scale<ACTIVATION>(affine[v](to_float<DTYPE>(in[u].values[v])), ACTIVATION_OF(v));
-        if (kResidual) values[v] += to_float<DTYPE>(more[u].values[v]);
+        if (kResidual) values[v] += to_float<RESIDUAL>(more[u].values[v]);
         if (PAD == 1 && (zero_row || from[u] < 0)) values[v] = 0.f;
       }
-      const Vector<VECTOR> result = from_floats(values);
+      const Vector<VECTOR, OUTPUT> written = from_floats<OUTPUT>(values);
       if (at < end) {
-        store<VECTOR>(to_row + at * channels, result);
-        if (kKeep && owns(at, left, width, factor)) store<VECTOR>(kept_row + from[u] * channels, result);
+        store<VECTOR>(to_row + at * channels, written);
+        if (kKeep && owns(at, left, width, factor)) store<VECTOR>(kept_row + from[u] * channels, written);
       }
     }
   }
@@ -108,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) normalize(ARGUMENTS, i
     const int y = task / segments, start = task % segments * segment, end = min(out_width, start + segment);
     const int from_y = source(y, top, height, factor);
     const i64 from_row = (image * height + max(from_y, 0)) * width * channels + channel;
-    element* to_row = out + (image * out_height + y) * out_width * channels + channel;
+    result* to_row = out + (image * out_height + y) * out_width * channels + channel;
     const bool keeps = kept && owns(y, top, height, factor);
 #define WRITE_ROW(RESIDUAL, KEEP)                                                                              \
   write_row<RESIDUAL, KEEP>(affine, OWN, x + from_row, residual + from_row, to_row, kept + from_row,    \
@@ -132,16 +138,17 @@ extern "C" __global__ void __launch_bounds__(256, 2) normalize(ARGUMENTS, i64 pl
     const Affine affine = norm.at(plane / channels, plane % channels);
     const Activation own = WITH_SLOPE(plane % channels);
     const element* from = x + plane * pixels;
-    const element* add = residual + plane * pixels;
+    const added* add = residual + plane * pixels;
     if (PAD == 0 && UPSAMPLE == 1) {
       const i64 stride = (i64)gridDim.x * 256 * VECTOR;
       for (i64 at = ((i64)REVERSED(x) * 256 + threadIdx.x) * VECTOR; at < pixels; at += UNROLL * stride) {
-        Vector<VECTOR> in[UNROLL], more[UNROLL];
+        Vector<VECTOR> in[UNROLL];
+        Vector<VECTOR, RESIDUAL> more[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; u++)
           if (at + u * stride < pixels) {
             in[u] = load<VECTOR>(from + at + u * stride);
-            if (residual) more[u] = load<VECTOR>(add + at + u * stride);
+            if (residual) more[u] = load<VECTOR, RESIDUAL>(add + at + u * stride);
           }
 #pragma unroll
         for (int u = 0; u < UNROLL; u++)
@@ -150,11 +157,11 @@ extern "C" __global__ void __launch_bounds__(256, 2) normalize(ARGUMENTS, i64 pl
 #pragma unroll
             for (int v = 0; v < VECTOR; v++) {
               values[v] = activate_and_scale<ACTIVATION>(affine(to_float<DTYPE>(in[u].values[v])), own);
-              if (residual) values[v] += to_float<DTYPE>(more[u].values[v]);
+              if (residual) values[v] += to_float<RESIDUAL>(more[u].values[v]);
             }
-            const Vector<VECTOR> result = from_floats(values);
-            store<VECTOR>(out + plane * out_pixels + at + u * stride, result);
-            if (kept) store<VECTOR>(kept + plane * pixels + at + u * stride, result);
+            const Vector<VECTOR, OUTPUT> written = from_floats<OUTPUT>(values);
+            store<VECTOR>(out + plane * out_pixels + at + u * stride, written);
+            if (kept) store<VECTOR>(kept + plane * pixels + at + u * stride, written);
           }
       }
     } else {
@@ -166,11 +173,11 @@ extern "C" __global__ void __launch_bounds__(256, 2) normalize(ARGUMENTS, i64 pl
           const i64 i = (i64)from_y * width + from_x;
           if (from_y >= 0 && from_x >= 0) {
             value = activate_and_scale<ACTIVATION>(affine(to_float<DTYPE>(from[i])), own);
-            if (residual) value += to_float<DTYPE>(add[i]);
+            if (residual) value += to_float<RESIDUAL>(add[i]);
           }
-          const element result = from_float<DTYPE>(value);
-          out[plane * out_pixels + (i64)y * out_width + at] = result;
-          if (kept && owns(y, top, height, factor) && owns(at, left, width, factor)) kept[plane * pixels + i] = result;
+          const result written = from_float<OUTPUT>(value);
+          out[plane * out_pixels + (i64)y * out_width + at] = written;
+          if (kept && owns(y, top, height, factor) && owns(at, left, width, factor)) kept[plane * pixels + i] = written;
         }
       }
     }
@@ -203,14 +210,14 @@ extern "C" __global__ void __launch_bounds__(256) normalize(
       const float normed = norm.at(n, c)(to_float<DTYPE>(x[in.at(n, c, from_y, from_x)]));
       const Activation own = WITH_SLOPE(c);
       value = activate_and_scale<ACTIVATION>(normed, own);
-      if (residual) value += to_float<DTYPE>(residual[add.at(n, c, from_y, from_x)]);
+      if (residual) value += to_float<RESIDUAL>(residual[add.at(n, c, from_y, from_x)]);
     }
-    const element result = from_float<DTYPE>(value);
+    const result written = from_float<OUTPUT>(value);
     const i64 row = (i64)y * out_width;
-    out[out_channels_last ? (n * out_pixels + row) * channels + i : (n * channels + c) * out_pixels + row + at] = result;
+    out[out_channels_last ? (n * out_pixels + row) * channels + i : (n * channels + c) * out_pixels + row + at] = written;
     if (kept && owns(y, top, height, factor) && owns(at, left, width, factor)) {
       const i64 pixel = (i64)from_y * width + from_x;
-      kept[kept_channels_last ? (n * pixels + pixel) * channels + c : (n * channels + c) * pixels + pixel] = result;
+      kept[kept_channels_last ? (n * pixels + pixel) * channels + c : (n * channels + c) * pixels + pixel] = written;
     }
   }
 }

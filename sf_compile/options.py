@@ -10,6 +10,7 @@ from typing import Any
 FALLBACKS = ("eager", "inductor")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 LAYOUTS = ("auto", "channels_last", "contiguous")
+PRECISIONS = ("auto", "fp16", "bf16", "tf32", "fp32")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class Options:
         layout: Memory layout of the tensors that never leave a fused region: ``"auto"`` (by device
             and dtype), ``"channels_last"`` (on a GPU, other TF32 algorithms of cuDNN than eager's) or
             ``"contiguous"``. What a model returns always has the strides that eager PyTorch gives it.
+        precision: What the fused convolutions compute in: ``"auto"`` (as the model, PyTorch's switches of
+            TF32 and autocast say), ``"fp16"``, ``"bf16"``, ``"tf32"`` or ``"fp32"``, from a model of any
+            dtype. Sums and statistics are float32, parameters stay as they are, and so does the dtype
+            of what a model returns.
         mode: One of torch.compile's four modes. The fused ops run alike in all of them; with
             ``fallback="inductor"`` the mode is Inductor's.
 
@@ -31,12 +36,14 @@ class Options:
 
     fallback: str | Callable[..., Any] = "eager"
     layout: str = "auto"
+    precision: str = "auto"
     mode: str = "default"
 
     def __post_init__(self) -> None:
         if not callable(self.fallback):
             _check_choice("fallback", self.fallback, FALLBACKS, "or a callable")
         _check_choice("layout", self.layout, LAYOUTS)
+        _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("mode", self.mode, MODES)
 
     @classmethod

@@ -10,7 +10,9 @@ import torch
 from torch import fx, nn
 
 from sf_compile.backend import Analysis, analyse, rewritten_graph
-from sf_compile.graph.plan import Decision, describe
+from sf_compile.cuda import tf32
+from sf_compile.graph.plan import Decision, describe, precision_of
+from sf_compile.graph.values import value_of
 from sf_compile.options import Options
 
 
@@ -26,6 +28,7 @@ class Fused:
         op: The op that runs it.
         finish: ``"none"``, ``"here"`` or ``"deferred"``: where its norm and addition are applied.
         layout: ``"channels_last"`` or ``"contiguous"``, of its output.
+        precision: What it is computed in: ``"fp16"``, ``"bf16"``, ``"tf32"``, ``"fp32"`` or ``"fp64"``.
         why: The reason for ``finish``.
         region: Number, within its graph, of the region whose ops run as one call; None outside of regions.
     """
@@ -37,6 +40,7 @@ class Fused:
     op: str
     finish: str
     layout: str
+    precision: str
     why: str
     region: int | None
 
@@ -86,7 +90,9 @@ class Report:
         total = replaced + len(self.untouched)
         sites = "1 fused site replaces" if len(self.fused) == 1 else f"{len(self.fused)} fused sites replace"
         lines = [f"styleforge: {sites} {replaced} of {total} operations"]
-        lines += _table([(s.node, s.pattern, f"{s.nodes} nodes", s.layout, s.why) for s in self.fused])
+        lines += _table([
+            (s.node, s.pattern, f"{s.nodes} nodes", s.layout, s.precision, s.why) for s in self.fused
+        ])  # fmt: skip
         regions: dict[tuple[int, int], list[str]] = {}
         for site in self.fused:
             if site.region is not None:
@@ -189,5 +195,14 @@ def _fused(decision: Decision, graph: int, regions: Mapping[str, int]) -> Fused:
     site = decision.site
     return Fused(
         pattern=site.pattern, nodes=len(site.steps), node=site.anchor.name, graph=graph,
-        region=regions.get(site.anchor.name), **describe(decision),
+        region=regions.get(site.anchor.name), **(describe(decision) | {"precision": _precision(decision)}),
     )  # fmt: skip
+
+
+def _precision(decision: Decision) -> str:
+    """What a site is computed in on its device, as PyTorch's switches are now."""
+    convolves = decision.storage == torch.float32 and decision.site.conv is not None
+    if not convolves:
+        return precision_of(decision)
+    on_gpu = value_of(decision.site.anchor).device.type == "cuda"
+    return "tf32" if on_gpu and tf32.allowed(decision.precision) else "fp32"

@@ -262,7 +262,7 @@ def test_batch_norm(training):
         assert torch.allclose(value, net.state_dict()[name], rtol=1e-5), name
 
 
-def test_an_autocast_region_is_eagers_and_nothing_in_it_is_fused():
+def test_autocast_inside_and_outside_is_eagers():
     net, x = small_net(), picture()
 
     def inside(x):
@@ -274,8 +274,12 @@ def test_an_autocast_region_is_eagers_and_nothing_in_it_is_fused():
         compiled = torch.compile(net if around else inside, backend=recorder)
         with torch.autocast("cpu", torch.bfloat16, enabled=around):
             out = compiled(x)
-        assert torch.equal(out, inside(x)) and out.dtype == torch.bfloat16
-        assert recorder.ours() == [0]
+        reference = inside(x)
+        assert (out.dtype, out.stride()) == (torch.bfloat16, reference.stride())
+        # Both round what lies between the layers, in places of their own.
+        exact = copy.deepcopy(net).double()(x.double())
+        assert relative_error(out, exact) < 1.25 * relative_error(reference, exact)
+        assert recorder.ours()[0] > 0
 
 
 def test_leaving_autocast_compiles_the_fused_graph():
@@ -284,7 +288,7 @@ def test_leaving_autocast_compiles_the_fused_graph():
     with torch.autocast("cpu", torch.bfloat16):
         compiled(x)
     assert_close(compiled(x), net(x))
-    assert [count > 0 for count in recorder.ours()] == [False, True]
+    assert [count > 0 for count in recorder.ours()] == [True, True]
 
 
 def test_two_threads_may_call_one_compiled_model():

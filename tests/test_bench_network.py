@@ -64,6 +64,17 @@ def test_the_kernels_share_of_a_first_call_is_its_own(
     assert len(reloaded_from) == (2 if first_size else 0)
 
 
+def test_a_precision_is_timed_against_eager_in_it(tmp_path: Path) -> None:
+    output = tmp_path / "rows.json"
+    arguments = ("--sizes", "32x36", "--width", "8", "--blocks", "1", "--peers", "eager,styleforge")
+    assert run_bench(*arguments, "--precision", "bf16", "--output", str(output)) == 0
+    eager, styleforge = json.loads(output.read_text())
+    assert (eager["precision"], styleforge["precision"]) == ("auto", "bf16")
+    assert eager["dtype"] == styleforge["dtype"] == "float32"
+    assert eager["error_vs_float64"] < 1e-4 < styleforge["error_vs_float64"]
+    assert run_bench("--suite", "layers", "--precision", "fp16") == 1
+
+
 def test_width_and_blocks_change_the_network_and_its_floor(tmp_path: Path) -> None:
     output = tmp_path / "rows.json"
     peers = "eager,eager-channels-last,styleforge"

@@ -37,7 +37,7 @@ def choose(monkeypatch):
     def with_kernels(first, halo):
         monkeypatch.setattr(convolution, "_KERNELS", (first, halo))
         monkeypatch.setattr(convolution, "halo_conv", halo)
-        monkeypatch.setattr(convolution, "usable", lambda x: True)
+        monkeypatch.setattr(convolution, "usable", lambda x, out_width=0: True)
         monkeypatch.setattr(convolution, "_choices", {})
         return convolution.choice
 
@@ -61,6 +61,42 @@ def test_a_residual_that_does_not_fit_is_added_by_a_pass_before(choose):
     assert choice(arguments(residual=None)) == (halo, False)
     nothing = choose(kernel("first.cu", lambda a: "no"), kernel("halo.cu", lambda a: "no"))
     assert nothing(arguments()) == (None, False)
+
+
+def wide(**changes: object) -> Arguments:
+    """A float32 picture for a convolution in float16, its parameters cast."""
+    x, weight = torch.randn(1, 16, 8, 8), torch.randn(16, 16, 3, 3).half()
+    named = {"input": x, "weight": weight, "residual": None, "activation": "none", "precision": "fp16"}
+    return arguments(**named | changes)
+
+
+def test_a_picture_of_another_dtype_is_read_by_a_kernel_that_can_or_cast_by_a_pass(choose, monkeypatch):
+    first, halo = kernel("first.cu", lambda a: None), kernel("halo.cu", lambda a: None)
+    choice = choose(first, halo)
+    assert choice(wide()) == (first, True)  # a pass before it
+    assert [(a.input.dtype, a.dtype) for a in first.calls] == [(torch.float16, torch.float16)]
+    monkeypatch.setattr(convolution, "_READING", (halo,))
+    choice = choose(first, halo)
+    assert choice(wide()) == (halo, False)
+    assert choice(wide(input=torch.randn(1, 16, 8, 8).half())) == (first, False)
+
+
+def test_a_result_of_another_dtype_is_written_by_a_kernel_that_can(choose, monkeypatch):
+    first, halo = kernel("first.cu", lambda a: None), kernel("halo.cu", lambda a: None)
+    half = torch.randn(1, 16, 8, 8).half()
+    for writing, found in (((), (None, False)), ((halo,), (halo, False))):
+        choice = choose(first, halo)
+        monkeypatch.setattr(convolution, "_WRITING", writing)
+        assert choice(wide(input=half, out_dtype=torch.float32)) == found
+        assert choice(wide(input=half, out_dtype=torch.float16)) == (first, False)
+
+
+def test_a_residual_of_another_dtype_is_added_by_a_pass(choose):
+    first = kernel("first.cu", lambda a: None)
+    choice = choose(first, kernel("halo.cu", lambda a: "no"))
+    half = torch.randn(1, 16, 8, 8).half()
+    assert choice(wide(input=half, residual=torch.randn(1, 16, 8, 8))) == (first, True)
+    assert choice(wide(input=half, residual=half)) == (first, False)
 
 
 def test_an_activation_that_costs_too_much_is_applied_by_a_pass_before_any_kernel(choose):
@@ -93,7 +129,7 @@ def test_what_a_kernel_is_told_of_an_activation(text, code, shared, numbers, on_
 def test_the_functions_have_the_numbers_of_the_source():
     source = (source_directory() / "activation.cuh").read_text()
     defined = dict(re.findall(r"#define (\w+) (\d+)", source))
-    assert defined == {name: str(getattr(activation, name)) for name in defined} and len(defined) == 11
+    assert defined == {name: str(getattr(activation, name)) for name in defined} and len(defined) == 12
 
 
 def test_the_log_says_what_runs_and_why_nothing_else_does(choose, caplog):

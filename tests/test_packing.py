@@ -109,3 +109,26 @@ def test_a_tensor_that_is_no_parameter_is_packed_every_time(pack):
     weight = torch.randn(4, 3)  # generated code may write it anew without a change of version
     assert not packed(weight, "flipped", pack).finished
     assert packed(weight, "flipped", pack).launch_mode == "ordinary" and pack.calls == 2
+
+
+def test_a_cast_parameter_is_kept_and_packed_in_its_turn(pack):
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    assert packing.cast(weight, torch.float32) is weight
+    half = packing.cast(weight, torch.float16)
+    assert half.dtype == torch.float16 and torch.equal(half, weight.half()) and not half.requires_grad
+    assert packing.cast(weight, torch.float16) is half
+    first = packed(half, "flipped", pack)
+    assert first.finished and packed(packing.cast(weight, torch.float16), "flipped", pack).finished
+    assert pack.calls == 1
+    with torch.no_grad():
+        weight.mul_(2)
+    again = packed(packing.cast(weight, torch.float16), "flipped", pack)
+    assert torch.equal(again.weight, weight.half().flip(0)) and pack.calls == 2
+    bfloat = packing.cast(weight, torch.bfloat16)
+    assert bfloat.dtype == torch.bfloat16 and torch.equal(packing.cast(weight, torch.float16), weight.half())
+
+
+def test_what_is_no_parameter_is_cast_in_every_call(pack):
+    weight = torch.randn(4, 3)
+    half = packing.cast(weight, torch.float16)
+    assert half.dtype == torch.float16 and packing.cast(weight, torch.float16) is not half

@@ -61,7 +61,7 @@ def test_reasons_are_found():
     assert {
         "negative padding, a crop",
         "grouped … (groups=…)",
-        "autocast is active",
+        "a convolution with nothing around it that fusion saves",
         "also read by …",
         "normalised at its end: no fused convolution reads it",
         "… writes in place, or switches a mode, between … and …",

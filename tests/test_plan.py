@@ -166,7 +166,7 @@ def test_plan_prints_as_a_table():
     plan = planned(block)
     lines = str(plan).splitlines()
     assert len(lines) == 2
-    words = "conv2d pad+conv+norm+relu styleforge::conv2d channels_last " + LATER + "conv2d_1"
+    words = "conv2d pad+conv+norm+relu styleforge::conv2d channels_last fp32 " + LATER + "conv2d_1"
     assert lines[0].split() == words.split()
     assert lines[1].startswith("conv2d_1 ") and "contiguous" in lines[1] and NOBODY in lines[1]
     assert str(Plan(())) == "(nothing to fuse)"
@@ -178,6 +178,7 @@ def test_decision_as_plain_data():
         "op": "styleforge::conv2d",
         "finish": "deferred",
         "layout": "channels_last",
+        "precision": "fp32",
         "why": LATER + "conv2d_1",
     }
 

@@ -121,7 +121,9 @@ def test_to_dict_survives_json():
     assert data["skipped"][0]["node"] == report.skipped[0].node
     assert data["skipped"][0]["reason"] == report.skipped[0].reason
     assert data["untouched"] == list(report.untouched)
-    assert data["options"] == {"fallback": "eager", "layout": "contiguous", "mode": "default"}
+    assert data["options"] == {
+        "fallback": "eager", "layout": "contiguous", "mode": "default", "precision": "auto"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("fallback", [styleforge, functools.partial(styleforge, mode=None)])
@@ -136,7 +138,8 @@ def test_the_text_counts_the_sites_and_gives_each_its_line():
     total = report.fused[0].nodes + len(report.untouched)
     assert lines[0] == f"styleforge: 1 fused site replaces 4 of {total} operations"
     (site,) = report.fused
-    assert lines[1].split() == [site.node, site.pattern, "4", "nodes", site.layout, *site.why.split()]
+    columns = [site.node, site.pattern, "4", "nodes", site.layout, "fp32", *site.why.split()]
+    assert lines[1].split() == columns
     assert f"left alone, with a reason: {len(report.skipped)}" in lines
     for skip in report.skipped:
         assert any(line.split() == [skip.node, *skip.reason.split()] for line in lines)

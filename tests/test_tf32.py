@@ -47,7 +47,7 @@ def settings():
 def test_allowed_follows_pytorch(settings):
     for permitted in (True, False):
         settings.allow_tf32 = permitted
-        assert tf32.allowed() is permitted
+        assert tf32.allowed("auto") is permitted
     for precision in ("tf32", "ieee"):
         settings.conv.fp32_precision = precision
-        assert tf32.allowed() is (precision == "tf32")
+        assert tf32.allowed("auto") is (precision == "tf32")

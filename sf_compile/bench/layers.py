@@ -78,7 +78,7 @@ def run_layers(
             layers = {layer.name: layer for layer in transformer_net_layers(size)}
             for dtype in dtypes:
                 # As the backend plans it: float32 without TF32 keeps the layout of the picture.
-                channels_last = not (device.type == "cuda" and dtype == torch.float32) or tf32.allowed()
+                channels_last = not (device.type == "cuda" and dtype == torch.float32) or tf32.allowed("auto")
                 for layer in layers.values():
                     case = Case(layer, size, dtype, channels_last)
                     log(str(case))
@@ -157,7 +157,7 @@ def _check(case: Case, peers: Sequence[str], one: Operands) -> dict[str, float]:
     eps = torch.finfo(case.dtype).eps
     slack = eps / 8
     # Where TF32 is allowed, with float16's ten bits, one algorithm can use it and eager's be without it.
-    ten_bits = case.dtype == torch.float32 and a.input.is_cuda and tf32.allowed()
+    ten_bits = case.dtype == torch.float32 and a.input.is_cuda and tf32.allowed("auto")
     slack_of_output = torch.finfo(torch.float16).eps if ten_bits else slack
     true, true_z = exact(a)
     z = finish(a)

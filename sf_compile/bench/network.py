@@ -162,7 +162,8 @@ def run_network(
         unlimited,
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches,
     ):
-        ceilings = measure_ceilings(device, tuple(dtypes), quick=quick)
+        computed = dict.fromkeys(peer.computes_in(dtype) for dtype in dtypes for peer in peers)
+        ceilings = measure_ceilings(device, tuple(dict.fromkeys((*dtypes, *computed))), quick=quick)
         log(f"ceilings: {ceilings.tflops} TFLOP/s, copy {ceilings.copy_gbps:.4g} GB/s")
         for size in sizes:
             for dtype in dtypes:
@@ -176,7 +177,7 @@ def run_network(
                     **subject.row(),
                     **size._asdict(),
                     "dtype": dtype_name(dtype),
-                    "floor_ms": rounded(subject.flop(size) / ceilings.tflops[dtype_name(dtype)] / 1e9),
+                    "flop": subject.flop(size),
                 }
                 rows += _time(runners, size, dtype, ceilings, budget, hot, common, log)
                 keep(rows)
@@ -210,10 +211,15 @@ def _runners(
         "channels_last": [picture.contiguous(memory_format=torch.channels_last) for picture in pictures],
     }
     reference = _reference(model, pictures[-1])
-    eager_error = relative_error(model(pictures[-1]), reference)
-    if dtype == torch.float32 and device.type == "cuda" and tf32.allowed():
+    # Eager's own, in what a peer computes in: a model of that dtype, its result rounded to this one.
+    eager_errors = {
+        each: relative_error(copy.deepcopy(model).to(each)(pictures[-1].to(each)).to(dtype), reference)
+        for each in dict.fromkeys(peer.computes_in(dtype) for peer in peers)
+    }
+    if torch.float32 in eager_errors and device.type == "cuda" and tf32.allowed("auto"):
         # Of TF32 throughout: which of eager's convolutions use it is cuDNN's choice.
-        eager_error = max(eager_error, relative_error(run_in_tf32(model, pictures[-1]), reference))
+        in_tf32 = run_in_tf32(copy.deepcopy(model).float(), pictures[-1].float()).to(dtype)
+        eager_errors[torch.float32] = max(eager_errors[torch.float32], relative_error(in_tf32, reference))
 
     built: dict[tuple[Build, str], Built] = {}
     runners: dict[str, Runner] = {}
@@ -227,7 +233,8 @@ def _runners(
             if built[key].compile_cold_s is not None:
                 log(f"{where}: {peer.name} compiled in {built[key].compile_cold_s:.1f} s")
         call, peak_mb = ready(peer, built[key].call, example)
-        error = check_output(peer.row_name, call(inputs[layout][-1]), reference, eager_error, where)
+        allowed = eager_errors[peer.computes_in(dtype)]
+        error = check_output(peer.row_name, call(inputs[layout][-1]), reference, allowed, where)
         runners[peer.name] = Runner(peer, built[key], call, inputs[layout], peak_mb, error)
     return [runners[peer.name] for peer in peers]
 
@@ -249,30 +256,34 @@ def _time(
     log: Log,
 ) -> list[Row]:
     """Time the runners cool, then hot where asked, and return their rows."""
-    common = {
-        **common,
-        "ceiling_tflops": rounded(ceilings.tflops[dtype_name(dtype)]),
-        "copy_gbps": rounded(ceilings.copy_gbps),
-    }
+    common = {**common, "copy_gbps": rounded(ceilings.copy_gbps)}
     cool = interleaved(
         {runner.peer.name: runner.call for runner in runners},
         {runner.peer.name: runner.inputs for runner in runners},
         budget,
     )
-    rows = [_row(runner, cool[runner.peer.name], "cool", dtype, common) for runner in runners]
+    rows = [_row(runner, cool[runner.peer.name], "cool", dtype, ceilings, common) for runner in runners]
     if hot > 0:
         for runner in runners:
             log(f"{size} {dtype_name(dtype)}: {runner.peer.name} hot for {hot:g} s")
             sample = sustained(runner.call, runner.inputs, hot)
-            rows.append(_row(runner, sample, "hot", dtype, common))
+            rows.append(_row(runner, sample, "hot", dtype, ceilings, common))
     return rows
 
 
-def _row(runner: Runner, sample: Sample, condition: str, dtype: torch.dtype, common: Row) -> Row:
+def _row(
+    runner: Runner, sample: Sample, condition: str, dtype: torch.dtype, ceilings: Ceilings, common: Row
+) -> Row:
     """Put one runner's numbers into a row."""
+    ceiling = ceilings.tflops[dtype_name(runner.peer.computes_in(dtype))]
+    shared = dict(common)
+    flop = shared.pop("flop")
     return {
-        **common,
+        **shared,
+        "floor_ms": rounded(flop / ceiling / 1e9),
+        "ceiling_tflops": rounded(ceiling),
         "peer": runner.peer.row_name,
+        "precision": runner.peer.precision,
         "graphs": runner.peer.graphs,
         "layout": runner.peer.layout(dtype),
         "condition": condition,

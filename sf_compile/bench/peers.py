@@ -8,14 +8,18 @@ dtypes, the others NCHW, and ``eager-channels-last`` exists to show that layout 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sf_compile.precision import storage
 
 Network = Callable[[Tensor], Tensor]
 Build = Callable[[nn.Module], Network]
@@ -44,12 +48,13 @@ def inductor_max_autotune(model: nn.Module) -> Network:
     return torch.compile(model, backend="inductor", mode="max-autotune", dynamic=False, fullgraph=True)
 
 
-def styleforge(model: nn.Module) -> Network:
-    """Compile with this package's backend, with its default options."""
+def styleforge(model: nn.Module, precision: str = "auto") -> Network:
+    """Compile with this package's backend, with its default options but for `precision`."""
     # The function rather than its name: a tree that was only copied has no entry point yet.
     from sf_compile.backend import styleforge as backend
 
-    return torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
+    options: dict[str, Any] = {"precision": precision}
+    return torch.compile(model, backend=backend, dynamic=False, fullgraph=True, options=options)
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Peer:
         captured: the benchmark itself captures the callable in a CUDA graph.
         own_graphs: the callable replays CUDA graphs of its own.
         channels_last: dtypes in which model and input are channels_last; NCHW in the others.
+        precision: ``precision`` in its rows: what this backend was asked to compute in.
     """
 
     name: str
@@ -73,6 +79,7 @@ class Peer:
     captured: bool = False
     own_graphs: bool = False
     channels_last: frozenset[torch.dtype] = frozenset()
+    precision: str = "auto"
 
     @property
     def graphs(self) -> bool:
@@ -82,6 +89,10 @@ class Peer:
     def layout(self, dtype: torch.dtype) -> str:
         """Return ``"channels_last"`` or ``"contiguous"``."""
         return "channels_last" if dtype in self.channels_last else "contiguous"
+
+    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+        """Return what a model of `dtype` is computed in."""
+        return storage(self.precision, dtype)
 
     def missing(self, device: torch.device) -> str | None:
         """Return why this peer cannot run on `device` here, None where it can."""
@@ -100,6 +111,17 @@ class Peer:
 def _has_cpp_compiler() -> bool:
     """Say whether there is a compiler that Inductor would find."""
     return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name)
+
+
+def of_precision(peers: Sequence[Peer], precision: str) -> list[Peer]:
+    """Return `peers`, those of this backend told to compute in `precision`."""
+    if precision == "auto":
+        return list(peers)
+    build = functools.partial(styleforge, precision=precision)
+    return [
+        replace(peer, build=build, precision=precision) if peer.row_name == "styleforge" else peer
+        for peer in peers
+    ]
 
 
 PEERS: dict[str, Peer] = {

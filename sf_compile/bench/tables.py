@@ -31,14 +31,16 @@ def network_table(rows: Sequence[Row]) -> str:
     ``x`` is a peer's median over styleforge's (over its CUDA graph where that ran), so above 1 the peer
     is slower; without a styleforge row it is over eager's. ``of floor`` is the floor over the median.
     """
-    header = ("peer", "graphs", "layout", "median ms", "p20", "p80", "back to back", "x", "of floor",
-              "peak MiB", "cold s", "warm s", "kernels cold s", "kernels warm s", "error")  # fmt: skip
+    header = ("peer", "precision", "graphs", "layout", "median ms", "p20", "p80", "back to back", "x",
+              "of floor", "peak MiB", "cold s", "warm s", "kernels cold s", "kernels warm s",
+              "error")  # fmt: skip
     tables = []
     for (size, dtype, condition), group in _grouped(rows).items():
         base = _baseline(group)
         lines = [
             (
                 row["peer"],
+                row.get("precision") or "auto",
                 "yes" if row["graphs"] else "no",
                 row["layout"],
                 cell(row["median_ms"]),

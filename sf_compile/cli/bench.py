@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sf_compile.bench.work import Size, parse_sizes
+from sf_compile.options import PRECISIONS
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ OPTION_SUITES = {
     "width": ("network",),
     "blocks": ("network",),
     "checkpoint": ("network",),
+    "precision": ("network",),
 }
 
 
@@ -76,6 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_count,
         help="channels of the network's first layer, of which the others are multiples (suite network; "
         "default: 32)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="what styleforge computes in, whatever the dtype of the model (suite network; default: auto, "
+        "as the model)",
     )
     parser.add_argument("--blocks", type=_count, help="residual blocks (suite network; default: 5)")
     parser.add_argument(
@@ -235,6 +243,7 @@ def _network(
     arguments: argparse.Namespace, device: torch.device, dtypes: Sequence[torch.dtype], keep: Keep
 ) -> list[Row]:
     from sf_compile.bench import network
+    from sf_compile.bench.peers import of_precision
     from sf_compile.bench.rows import BenchmarkError
 
     if arguments.checkpoint is None:
@@ -246,7 +255,7 @@ def _network(
     return network.run_network(
         arguments.sizes or (network.GPU_SIZES if device.type == "cuda" else network.CPU_SIZES),
         dtypes,
-        network.select_peers(arguments.peers, device, _log),
+        of_precision(network.select_peers(arguments.peers, device, _log), arguments.precision or "auto"),
         device,
         subject=subject,
         budget=_budget(arguments),

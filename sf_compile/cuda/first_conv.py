@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sf_compile.cuda import activation, hopper, tf32
 from sf_compile.cuda.launcher import Kernel, load
-from sf_compile.cuda.layout import PADS, multiprocessors, pointer
+from sf_compile.cuda.layout import DTYPES, PADS, multiprocessors, pointer
 from sf_compile.cuda.packing import packed
 from sf_compile.cuda.tensor_maps import channels_last_map
 from sf_compile.ops.conv2d import Arguments, absent
@@ -94,11 +94,14 @@ class Variant(NamedTuple):
     statistics: bool
     bias: bool
     output_activation: int
+    picture: int = -1  # the DTYPE that is read, where it is another
 
     def constants(self) -> dict[str, int]:
         """The compile-time constants."""
         values = {name.upper(): int(value) for name, value in self._asdict().items()}
-        return {**values, "PARAMETER": self.dtype, "BOX": FORMS[self.dtype].boxes[self.mma_n]}
+        picture = self.dtype if self.picture < 0 else self.picture
+        box = FORMS[self.dtype].boxes[self.mma_n]
+        return {**values, "PARAMETER": self.dtype, "BOX": box, "PICTURE": picture}
 
 
 def variants() -> Iterator[tuple[str, dict[str, int]]]:
@@ -109,6 +112,9 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
     for dtype in hopper.OPERANDS.values():
         for channels, kernel, mma_n in float_shapes if dtype == 0 else shapes:
             yield SOURCE, Variant(dtype, channels, kernel, mma_n, 2, True, False, none).constants()
+        if dtype != 0:
+            for mma_n in (240, 256):  # of a picture in float32
+                yield SOURCE, Variant(dtype, 3, 9, mma_n, 2, True, False, none, 0).constants()
         widest, wide, seven = (192, 184, 200) if dtype == 0 else (256, 240, 256)
         yield SOURCE, Variant(dtype, 3, 9, widest, 1, False, True, relu).constants()
         yield SOURCE, Variant(dtype, 3, 9, wide, 3, True, True, relu).constants()
@@ -131,7 +137,7 @@ def columns(width: int, kernel: int, dtype: int) -> int:
 def units(a: Arguments) -> tuple[int, int, int]:
     """MMA_N, the strips of a row and the units of work of a group of channels."""
     height, width = output_size(a)
-    dtype = hopper.OPERANDS[a.input.dtype]
+    dtype = hopper.OPERANDS[a.dtype]
     form, mma_n = FORMS[dtype], columns(width, a.weight.shape[2], dtype)
     strips = -(-width // form.strip(mma_n))
     return mma_n, strips, a.input.shape[0] * strips * -(-height // form.rows)
@@ -214,13 +220,14 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out_channels = a.weight.shape[0]
     left, _, top, _ = a.padding
     out_height, out_width = output_size(a)
-    out = empty_image((n, out_channels, out_height, out_width), a.input, True)
+    out = empty_image((n, out_channels, out_height, out_width), a.input, True, a.dtype)
     mean, variance = hopper.statistics_outputs(a)
-    dtype, kernel = hopper.OPERANDS[a.input.dtype], a.weight.shape[2]
+    dtype, kernel = hopper.OPERANDS[a.dtype], a.weight.shape[2]
     mma_n, strips, count = units(a)
     variant = Variant(
         dtype, channels, kernel, mma_n,
         PADS[a.padding_mode], a.statistics, a.bias is not None, activation.code(a.output_activation),
+        -1 if a.input.dtype == a.dtype else DTYPES[a.input.dtype],
     )  # fmt: skip
     groups = -(-out_channels // GROUP)
     index = a.input.device.index
@@ -234,4 +241,4 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
          *hopper.sums_arguments(a, mean, variance),
          *a.input.stride(), n, height, width, out_channels, out_height, out_width, top, left, strips),
     )  # fmt: skip
-    return out, mean, variance, absent(a.input, a.input.dtype)
+    return out, mean, variance, absent(a.input, a.dtype)

@@ -63,15 +63,15 @@ def refusal(a: Arguments) -> str | None:
     """Why no kernel of this family runs ``a``; None where one may."""
     if not a.input.is_cuda or not available(a.input.device.index):
         return "the fused convolutions need compute capability 9.0"
-    if a.input.dtype == torch.float32 and not tf32.allowed():
-        return "PyTorch's settings forbid TF32 in convolutions"
+    if a.dtype == torch.float32 and not tf32.allowed(a.precision):
+        return "TF32 is not allowed"
     return operand_refusal(a, OPERANDS)
 
 
 def operand_refusal(a: Arguments, dtypes: Container[torch.dtype] = SIXTEEN_BIT) -> str | None:
     """Why no kernel for ``dtypes`` takes the tensors of ``a``, on whatever GPU; None where one may."""
-    if a.input.dtype not in dtypes:
-        return f"the fused convolutions do not compute in {a.input.dtype}"
+    if a.dtype not in dtypes:
+        return f"the fused convolutions do not compute in {a.dtype}"
     if a.input.numel() == 0:
         return "the picture is empty"
     if parameter(a) is None:

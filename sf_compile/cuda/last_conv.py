@@ -12,7 +12,7 @@ from torch import Tensor
 from sf_compile.cuda import activation, hopper, tf32
 from sf_compile.cuda.activation import CLAMPED, FLOOR, IDENTITY, LEAKY, RECTIFIED, TANH
 from sf_compile.cuda.launcher import Kernel, load
-from sf_compile.cuda.layout import PADS, is_channels_last, multiprocessors, pointer
+from sf_compile.cuda.layout import DTYPES, PADS, is_channels_last, multiprocessors, pointer
 from sf_compile.cuda.packing import packed
 from sf_compile.ops.conv2d import Arguments, absent
 from sf_compile.ops.library import empty_image
@@ -36,7 +36,10 @@ _UNIT_COLUMNS = 16
 
 
 class Variant(NamedTuple):
-    """The compile-time constants of one kernel, but for those that follow from the others."""
+    """The compile-time constants of one kernel, but for those that follow from the others.
+
+    ``output`` is the DTYPE that is written, where it is another.
+    """
 
     dtype: int
     parameter: int
@@ -46,6 +49,7 @@ class Variant(NamedTuple):
     activation: int
     mma_n: int
     output_activation: int = FLOOR
+    output: int = -1
 
     @property
     def element_bytes(self) -> int:
@@ -108,6 +112,7 @@ class Variant(NamedTuple):
         assert memory is not None
         return {
             **{name.upper(): int(value) for name, value in self._asdict().items()},
+            "OUTPUT": self.dtype if self.output < 0 else self.output,
             "SLOTS": memory[0], "PITCH": self.pitch, "HELD": self.held,
         }  # fmt: skip
 
@@ -118,6 +123,7 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
         for mma_n in COLUMNS[dtype]:
             for channels in (16, 32):
                 yield SOURCE, Variant(dtype, dtype, channels, 3, 9, RECTIFIED, mma_n).constants()
+                yield SOURCE, Variant(dtype, 0, channels, 3, 9, RECTIFIED, mma_n, FLOOR, 0).constants()
         yield SOURCE, Variant(dtype, 0, 64, 3, 7, RECTIFIED, 128).constants()
         yield SOURCE, Variant(dtype, dtype, 32, 1, 9, IDENTITY, 200).constants()
         yield SOURCE, Variant(dtype, dtype, 32, 3, 3, IDENTITY, 184).constants()
@@ -212,9 +218,11 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out_h, out_w = _output_size(a)
     variant = _variant(a)
     assert variant is not None
+    if a.output_dtype != x.dtype:
+        variant = variant._replace(output=DTYPES[a.output_dtype])
     memory = variant.memory()
     assert memory is not None
-    out = empty_image((n, variant.out_channels, out_h, out_w), x, a.channels_last)
+    out = empty_image((n, variant.out_channels, out_h, out_w), x, a.channels_last, a.output_dtype)
     mean, variance = hopper.statistics_outputs(a)
     weights = packed(a.weight, f"last_conv held={variant.held}", functools.partial(pack, variant))
     _kernel(index, variant, weights.launch_mode).launch(

@@ -43,7 +43,10 @@ _EXTRA = {CHANNELS_LAST: "iii", CONTIGUOUS: "q", STRIDED: "iiqqqqqqqq"}
 
 
 class Variant(NamedTuple):
-    """The compile-time constants of one ``normalize`` kernel."""
+    """The compile-time constants of one ``normalize`` kernel.
+
+    ``residual`` and ``output`` are the DTYPE of each where it is another than the input's.
+    """
 
     layout: int
     dtype: int
@@ -52,10 +55,14 @@ class Variant(NamedTuple):
     upsample: int
     pad: int
     activation: int = FLOOR
+    residual: int = -1
+    output: int = -1
 
     def constants(self) -> dict[str, int]:
         """By the names that the kernel source uses."""
-        return {name.upper(): int(value) for name, value in self._asdict().items()}
+        own = {"RESIDUAL": self.residual, "OUTPUT": self.output}
+        named = {name.upper(): int(value) for name, value in self._asdict().items()}
+        return named | {name: self.dtype if value < 0 else value for name, value in own.items()}
 
 
 def variants() -> Iterator[tuple[str, dict[str, int]]]:
@@ -74,6 +81,12 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
     for function in activation.GENERAL:
         yield SOURCE, Variant(CHANNELS_LAST, 1, 1, 8, 1, 0, function).constants()
         yield SOURCE, Variant(CONTIGUOUS, 0, 0, 4, 1, 0, function).constants()
+    for dtype in (1, 2):  # from a picture in float32 into a region, and out of it again
+        for pad in (0, 2):
+            yield SOURCE, Variant(STRIDED, 0, 0, 1, 1, pad, FLOOR, 0, dtype).constants()
+            yield SOURCE, Variant(CHANNELS_LAST, dtype, 0, 4, 1, pad, FLOOR, 0, 0).constants()
+        yield SOURCE, Variant(CONTIGUOUS, 0, 0, 4, 1, 0, FLOOR, dtype, dtype).constants()
+        yield SOURCE, Variant(STRIDED, dtype, 0, 1, 1, 0, FLOOR, dtype, 0).constants()
     yield SOURCE, Variant(STRIDED, 2, 2, 1, 0, 2, activation.GELU).constants()
     yield SOURCE, Variant(CHANNELS_LAST, 2, 0, 8, 2, 2, activation.LEAKY).constants()
     for layout, vector in ((CHANNELS_LAST, 8), (CONTIGUOUS, 8), (STRIDED, 1)):
@@ -99,6 +112,11 @@ def usable(x: Tensor, out_width: int = 0) -> bool:
     return x.dtype in DTYPES and x.numel() > 0 and indexable and usable_or_warn()
 
 
+def converts(*dtypes: torch.dtype | None) -> bool:
+    """Whether the kernels read a residual, and write, in each of these."""
+    return all(dtype is None or dtype in DTYPES for dtype in dtypes)
+
+
 def _float(vector: Tensor | None) -> Tensor | None:
     if vector is None or (vector.dtype == torch.float32 and vector.is_contiguous()):
         return vector
@@ -116,20 +134,23 @@ def apply(
     keep: bool = False,
     keep_channels_last: bool | None = None,
     slope: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """pad(upsample_nearest(act(norm(x)) + residual)) in the asked layout; if ``keep``, what was padded too.
 
-    ``x`` and ``residual`` are (N, C, H, W) of any strides in one dtype of ``DTYPES``; ``padding`` is left,
-    right, top, bottom, already checked; ``slope`` is a PReLU's, (1,) or (C,). Returns fresh tensors. The
-    caller has asked ``usable``.
+    ``x`` and ``residual`` are (N, C, H, W) of any strides, each in one dtype of ``DTYPES``; ``padding`` is
+    left, right, top, bottom, already checked; ``slope`` is a PReLU's, (1,) or (C,). Returns fresh tensors, in
+    ``dtype`` or in that of ``x``. The caller has asked ``usable``, and ``converts`` for the residual's dtype
+    and ``dtype``.
     """
     n, c, h, w = x.shape
     left, right, top, bottom = padding
     out_h, out_w = h * upsample + top + bottom, w * upsample + left + right
-    out = empty_image((n, c, out_h, out_w), x, channels_last)
+    dtype = dtype or x.dtype
+    out = empty_image((n, c, out_h, out_w), x, channels_last, dtype)
     if not keep or keep_channels_last is None:
         keep_channels_last = channels_last
-    kept = empty_image(x.shape, x, keep_channels_last) if keep else None
+    kept = empty_image(x.shape, x, keep_channels_last, dtype) if keep else None
     if out.numel() == 0:
         return out, kept
     weight, bias, mean, variance = norm.weight, norm.bias, _float(norm.mean), _float(norm.variance)
@@ -150,7 +171,8 @@ def apply(
     pad = PADS[padding_mode] if any(padding) else 0
     factor = upsample if upsample in _FACTORS else 0
     function = activation.shared_code(norm.activation)
-    variant = Variant(layout, DTYPES[x.dtype], parameter, width, factor, pad, function)
+    own = [-1 if t is None or t.dtype == x.dtype else DTYPES[t.dtype] for t in (residual, out)]
+    variant = Variant(layout, DTYPES[x.dtype], parameter, width, factor, pad, function, *own)
     kernel = _kernel(x.device.index, variant)
     arguments: tuple[Any, ...] = (
         pointer(x), pointer(residual), pointer(out), pointer(kept), pointer(mean), pointer(variance),
@@ -197,9 +219,14 @@ def normalize(
     padding: Sequence[int] = (0, 0, 0, 0),
     padding_mode: str = "zeros",
     slope: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``styleforge::normalize``; its arguments have been checked."""
-    if not usable(input, input.shape[3] * upsample + padding[0] + padding[1]):
-        z = reference.normalize(input, *norm, residual, slope)
+    fits = usable(input, input.shape[3] * upsample + padding[0] + padding[1])
+    if not fits or not converts(dtype, None if residual is None else residual.dtype):
+        z = reference.normalize(input, *norm, residual, slope, dtype)
         return reference.layout(reference.moved(z, upsample, padding, padding_mode), channels_last)
-    return apply(input, norm, residual, upsample, padding, padding_mode, channels_last, slope=slope)[0]
+    z, _ = apply(
+        input, norm, residual, upsample, padding, padding_mode, channels_last, slope=slope, dtype=dtype
+    )
+    return z

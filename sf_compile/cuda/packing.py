@@ -9,6 +9,7 @@ and are not seen.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -81,6 +82,20 @@ def _renewed(
                 torch.cuda.current_stream().synchronize()
         forms[form] = _Kept(weight._version, weight.data_ptr(), copy)
         return Packed(copy, True)
+
+
+def cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """``parameter`` in ``dtype``: itself, or a copy that is kept as packed ones are, and can be packed."""
+    if parameter.dtype == dtype:
+        return parameter
+    if parameter.is_inference() or not isinstance(parameter, torch.nn.Parameter):
+        return parameter.detach().to(dtype)  # none is kept
+    return packed(parameter, f"in {dtype}", functools.partial(_cast, dtype)).weight
+
+
+def _cast(dtype: torch.dtype, parameter: Tensor) -> Tensor:
+    # What is packed of the copy is kept for a parameter with a version: renewed in place, it changes its own.
+    return torch.nn.Parameter(parameter.to(dtype), requires_grad=False)
 
 
 def channels_last(weight: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class Repeated:
             return self._inner(*inputs)
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         key = (
-            positions, stream, tf32.allowed(), positions.numbers(inputs),
+            positions, stream, tf32.allowed("auto"), positions.numbers(inputs),
             *((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16, x.is_neg()) for x in tensors),
         )  # fmt: skip
         kind = self._kind(key, parameters)

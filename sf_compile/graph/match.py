@@ -250,11 +250,6 @@ class _Finder:
         """Why a well-formed site must not, or need not, be fused; None if it should be."""
         if self.transform is not None:
             return f"a torch.func transform in the graph ({self.transform}): the ops have no rule for it"
-        inside = [step.node.name for step in site.steps if step.node.name in self.graph.autocast]
-        if inside:
-            return f"autocast region around {inside[0]}"
-        if torch.is_autocast_enabled(value_of(site.output).device.type):
-            return "autocast is active"
         padding = site.pad is not None and any(site.pad.padding)
         bare = site.norm is None and site.upsample is None and not padding
         if bare and not self.finishes(site.input) and not self.ends_in_a_kernel(site):

@@ -30,6 +30,8 @@ from sf_compile.graph import spelling
 from sf_compile.graph.steps import Activate, Add, Affine, Conv, ConvTranspose, Pad, Upsample
 from sf_compile.graph.values import Miss, arguments_of, not_a_picture, value_of
 
+# What autocast has a convolution of mixed dtypes compute in; without autocast that is an error.
+_AUTOCAST = {torch.float16, torch.bfloat16}
 # Beyond 8, floor(i * (1 / factor)) in float32 has not been shown to equal i // factor.
 UPSAMPLE_FACTORS = (2, 3, 4, 5, 6, 7, 8)
 PADDING_MODES = {"reflect": "reflect", "replicate": "replicate", "constant": "zeros"}
@@ -97,7 +99,7 @@ def pad(node: fx.Node) -> Pad | Miss:
 
 
 def conv(node: fx.Node) -> Conv | Miss:
-    """torch.conv2d of one dtype, ungrouped and undilated, with constant stride and padding."""
+    """torch.conv2d of one dtype or under autocast, ungrouped and undilated, by constant sizes."""
     input, weight, bias, stride, padding, dilation, groups = arguments_of(node)
     if (miss := _not_dense(node, "convolution", groups, dilation)) is not None:
         return miss
@@ -116,7 +118,7 @@ def conv(node: fx.Node) -> Conv | Miss:
 
 
 def conv_transpose(node: fx.Node) -> ConvTranspose | Miss:
-    """torch.conv_transpose2d of one dtype, ungrouped and undilated, by constant sizes."""
+    """torch.conv_transpose2d of one dtype or under autocast, ungrouped and undilated, by constant sizes."""
     input, weight, bias, stride, padding, output_padding, groups, dilation = arguments_of(node)
     if (miss := _not_dense(node, "transposed convolution", groups, dilation)) is not None:
         return miss
@@ -148,9 +150,9 @@ def _operands(node: fx.Node, input: Any, weight: Any, bias: Any, stride: Any) ->
     if not all(isinstance(value_of(n), torch.Tensor) for n in (input, weight, bias) if n is not None):
         return Miss(node.name, "convolution of something without a recorded shape")
     dtypes = {value_of(n).dtype for n in (node, input, weight, bias) if n is not None}
-    if len(dtypes) > 1:
+    if len(dtypes) > 1 and not (value_of(node).dtype in _AUTOCAST and dtypes <= _AUTOCAST | {torch.float32}):
         mixed = ", ".join(sorted(map(str, dtypes)))
-        return Miss(node.name, f"convolution that mixes dtypes (autocast?): {mixed}")
+        return Miss(node.name, f"convolution that mixes dtypes: {mixed}")
     return None
 
 

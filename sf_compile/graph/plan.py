@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from sf_compile.graph.normalize import NormalizedGraph, value_of
 from sf_compile.graph.sites import Match, Matches
 from sf_compile.options import Options
+from sf_compile.precision import name_of, storage
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,10 @@ class Decision:
         keep: Whether the site that applies the finish also returns the finished tensor.
         channels_last: Layout of the site's raw output, and of its finished tensor.
         drop_bias: The convolution's bias is left out: the instance norm after it removes it.
+        precision: What the convolution computes in, of ``sf_compile.precision``.
+        storage: Dtype of the site's raw output, and of a finished tensor that is kept.
+        dtype: Dtype of the site's output where it is written.
+        outside: Readers of a kept tensor that get a copy in the dtype that they know.
         why: The reason for ``finish``, for a person.
     """
 
@@ -50,11 +55,16 @@ class Decision:
     keep: bool
     channels_last: bool
     drop_bias: bool
+    precision: str
+    storage: torch.dtype
+    dtype: torch.dtype
+    outside: tuple[fx.Node, ...]
     why: str
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "contiguous"
-        return f"{self.site.anchor.name:<16} {self.site.pattern:<32} {self.op:<28} {layout:<14} {self.why}"
+        columns = f"{self.site.anchor.name:<16} {self.site.pattern:<32} {self.op:<28} {layout:<14}"
+        return f"{columns} {precision_of(self):<6} {self.why}"
 
 
 @dataclass(frozen=True)
@@ -86,22 +96,29 @@ def layout_of(node: fx.Node) -> bool:
     return last and not statically_known_true(value.stride(3) == 1)
 
 
-def prefers_channels_last(value: torch.Tensor, options: Options) -> bool:
-    """The layout of a tensor that only fused ops see.
+def prefers_channels_last(value: torch.Tensor, options: Options, dtype: torch.dtype | None = None) -> bool:
+    """The layout of a tensor that only fused ops see; they store it in ``dtype`` or its own.
 
     Convolutions run on a GPU's tensor cores in channels_last, and oneDNN's on a CPU do too. Float32 on a GPU
     where TF32 is forbidden keeps the model's layout, so that cuDNN is asked what eager PyTorch asks.
     """
     if options.layout != "auto":
         return options.layout == "channels_last"
-    if value.dtype == torch.float32 and value.device.type == "cpu":
+    dtype = dtype or value.dtype
+    if dtype == torch.float32 and value.device.type == "cpu":
         return True
-    if value.dtype in (torch.float16, torch.bfloat16):
+    if dtype in (torch.float16, torch.bfloat16):
         return True
-    tensor_cores = torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
-    if value.dtype == torch.float32 and value.device.type == "cuda" and tensor_cores:
+    if dtype == torch.float32 and value.device.type == "cuda" and _may_use_tf32(options):
         return True
     return not statically_known_true(value.stride(3) == 1) and statically_known_true(value.stride(1) == 1)
+
+
+def _may_use_tf32(options: Options) -> bool:
+    """Whether float32 convolutions are to use TF32, as far as can be said while compiling."""
+    if options.precision != "auto":
+        return options.precision == "tf32"
+    return bool(torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32")
 
 
 class _Planner:
@@ -128,6 +145,10 @@ class _Planner:
             keep=False,
             channels_last=self.layout(site),
             drop_bias=self.drops_bias(site),
+            precision=self.precision(site),
+            storage=self.storage(site),
+            dtype=self.dtype(site),
+            outside=(),
             why="its output is the convolution's own",
         )
         if site.norm is None and site.add is None:
@@ -144,16 +165,19 @@ class _Planner:
         if consumer is None:
             return replace(draft, finish="here", why=why)
         keep = len(site.output.users) > 1
+        converts = keep and self.storage(self.sites[consumer]) != value_of(site.output).dtype
+        outside = tuple(self.outside(site)) if converts else ()
         if site.conv is None:
             draft = replace(draft, op=self.statistics_op(site))
-        return replace(draft, finish="deferred", deferred_to=consumer, keep=keep, why=why)
+        return replace(draft, finish="deferred", deferred_to=consumer, keep=keep, outside=outside, why=why)
 
     def op(self, site: Match) -> str:
         """The op of the anchor when the finish is not deferred."""
         if site.conv is not None:
             return "styleforge::conv2d"
         assert site.norm is not None
-        plain = site.norm.mean is None and site.norm.statistics is None
+        same = value_of(site.norm.node).dtype == value_of(site.input).dtype
+        plain = site.norm.mean is None and site.norm.statistics is None and same
         return "styleforge::instance_norm" if plain else "styleforge::normalize"
 
     def statistics_op(self, site: Match) -> str:
@@ -174,7 +198,7 @@ class _Planner:
         """The layout of the site's output: the model's own where anything else reads it."""
         output = site.output
         if output.users and all(self.reads_any_layout(user, output) for user in output.users):
-            return prefers_channels_last(value_of(site.anchor), self.options)
+            return prefers_channels_last(value_of(site.anchor), self.options, self.storage(site))
         return layout_of(output)
 
     def reads_any_layout(self, user: fx.Node, node: fx.Node) -> bool:
@@ -185,6 +209,43 @@ class _Planner:
         site = self.sites[index]
         first_of_conv = site.conv is not None and user is site.steps[0].node and site.input is node
         return first_of_conv or (site.add is not None and user is site.add.node)
+
+    def precision(self, site: Match) -> str:
+        """What the site's convolution is told: what was asked for, or the dtype that autocast gave it."""
+        conv = site.conv
+        if conv is None or self.options.precision != "auto":
+            return "auto" if conv is None else self.options.precision
+        operands = [node for node in (conv.input, conv.weight, conv.bias, site.input) if node is not None]
+        dtype = value_of(conv.node).dtype
+        return "auto" if all(value_of(node).dtype == dtype for node in operands) else name_of(dtype)
+
+    def storage(self, site: Match) -> torch.dtype:
+        """The dtype of the site's raw output; of a norm without a convolution, of what it normalises."""
+        if site.conv is None:
+            dtype: torch.dtype = value_of(site.input).dtype
+            return dtype
+        return storage(self.options.precision, value_of(site.conv.node).dtype)
+
+    def dtype(self, site: Match) -> torch.dtype:
+        """The dtype of what the site writes: eager's, but between fused convolutions of a set precision."""
+        eager: torch.dtype = value_of(site.output).dtype
+        forced = site.conv is not None and self.options.precision != "auto"
+        inner = forced and bool(site.output.users) and not self.outside(site)
+        return self.storage(site) if inner else eager
+
+    def outside(self, site: Match) -> list[fx.Node]:
+        """The readers of the site's output that are not of a fused convolution, and want eager's dtype."""
+        output = site.output
+
+        def converts(user: fx.Node) -> bool:
+            inside = self.inside.get(user)
+            return (
+                inside is not None
+                and self.sites[inside].conv is not None
+                and self.reads_any_layout(user, output)
+            )
+
+        return [user for user in output.users if not converts(user)]
 
     def consumer(self, site: Match) -> tuple[int | None, str]:
         """The site that can apply this one's finish, and why, or why there is none."""
@@ -202,6 +263,11 @@ class _Planner:
         early = [user.name for user in others if self.order[user] < anchor]
         if early:
             return None, f"normalised at its end: {early[0]} reads it before {consumer.anchor.name}"
+        kept = self.storage(consumer)
+        if self.precision(consumer) == "auto" and self.storage(site) != kept:
+            return None, f"normalised at its end: {consumer.anchor.name} computes in another dtype"
+        if others and self.options.precision == "auto" and value_of(site.output).dtype != kept:
+            return None, f"normalised at its end: {others[0].name} reads it in another dtype"
         # A mode switch or an in-place write between the two could change what the finish would read.
         start = self.order[site.steps[0].node]
         for barrier in self.graph.barriers:
@@ -214,11 +280,17 @@ class _Planner:
         return index, f"normalised on the way into {consumer.anchor.name}" + (", and kept" if others else "")
 
 
+def precision_of(decision: Decision) -> str:
+    """What a site is computed in, by its name; float32 by that of its storage unless TF32 was asked for."""
+    return "tf32" if decision.precision == "tf32" else name_of(decision.storage)
+
+
 def describe(decision: Decision) -> dict[str, Any]:
     """A decision as plain data, for reports."""
     return {
         "op": decision.op,
         "finish": decision.finish,
         "layout": "channels_last" if decision.channels_last else "contiguous",
+        "precision": precision_of(decision),
         "why": decision.why,
     }

@@ -13,6 +13,9 @@ from sf_compile.graph.normalize import NormalizedGraph
 from sf_compile.graph.plan import Decision, Plan
 from sf_compile.graph.sites import Match
 from sf_compile.graph.steps import ConvTranspose
+from sf_compile.graph.values import value_of
+
+_STAY = (1, [0, 0, 0, 0], "zeros")  # neither upsampled nor padded
 
 
 @dataclass
@@ -22,8 +25,12 @@ class _Pending:
     raw: fx.Node
     mean: Any
     variance: Any
-    site: Match
-    keep: bool
+    decision: Decision
+
+    @property
+    def site(self) -> Match:
+        """Whose output it is."""
+        return self.decision.site
 
 
 def rewrite(graph: NormalizedGraph, plan: Plan) -> fx.GraphModule:
@@ -47,18 +54,23 @@ class _Writer:
         self.graph = graph
         self.pending: dict[int, _Pending] = {}
         self.replaced: dict[fx.Node, fx.Node] = {}
+        self.copies: dict[fx.Node, fx.Node] = {}  # of those, for readers that know one dtype only
         self.site = ""
+        self.converts = True
 
     def call(self, name: str, args: tuple[Any, ...]) -> fx.Node:
         """A call of ``styleforge::name``; arguments that were replaced are read from their replacement."""
         op = getattr(torch.ops.styleforge, name).default
-        made = self.graph.call_function(op, fx.map_arg(args, lambda node: self.replaced.get(node, node)))
+        known = self.replaced if self.converts else self.replaced | self.copies
+        made = self.graph.call_function(op, fx.map_arg(args, lambda node: known.get(node, node)))
         made.meta["sites"] = (self.site,)
         return made
 
-    def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Let every reader of ``old`` read ``new``."""
+    def replace(self, old: fx.Node, new: fx.Node, dtype: torch.dtype | None = None) -> None:
+        """Let every reader of ``old`` read ``new``, which is of ``dtype`` if that may be another."""
         new.meta.update(old.meta)
+        if dtype is not None and value_of(old).dtype != dtype:
+            new.meta.pop("example_value", None)  # it is of the dtype that eager PyTorch has
         old.replace_all_uses_with(new)
         self.replaced[old] = new
 
@@ -66,6 +78,7 @@ class _Writer:
         """Insert one site's op at its anchor, and its finish at its end unless that is deferred."""
         site = decision.site
         self.site = site.anchor.name
+        self.converts = site.conv is not None
         mean: Any = None
         variance: Any = None
         if site.norm is not None:
@@ -82,7 +95,7 @@ class _Writer:
                 norm = site.norm
                 assert norm is not None
                 if mean is None and (
-                    decision.op == "styleforge::instance_statistics" or norm.statistics is not None
+                    decision.op != "styleforge::instance_norm" or norm.statistics is not None
                 ):
                     out = self.call("instance_statistics", (raw,))
                     mean = self.graph.call_function(getitem, (out, 0))
@@ -94,12 +107,12 @@ class _Writer:
                 variance = self.graph.call_function(getitem, (out, 1))
         if decision.finish == "deferred":
             assert decision.deferred_to is not None
-            self.pending[decision.deferred_to] = _Pending(raw, mean, variance, site, decision.keep)
+            self.pending[decision.deferred_to] = _Pending(raw, mean, variance, decision)
             return
         if decision.finish == "here":
             with self.graph.inserting_before(site.output):
                 raw = self.finish(decision, raw, mean, variance)
-        self.replace(site.output, raw)
+        self.replace(site.output, raw, decision.dtype)
 
     def convolution(self, index: int, decision: Decision) -> fx.Node:
         """The ``conv2d`` call of a site, applying the finish that was deferred to it."""
@@ -128,12 +141,30 @@ class _Writer:
                 site.upsample.factor if site.upsample else 1, padding, mode, list(conv.stride),
                 str(site.function) if site.norm is None else "none",
                 site.norm is not None and site.norm.mean is None,
-                pending is not None and pending.keep, decision.channels_last, isinstance(conv, ConvTranspose),
+                pending is not None and pending.decision.keep, decision.channels_last,
+                isinstance(conv, ConvTranspose), decision.precision, self.written(decision),
             ),
         )  # fmt: skip
-        if pending is not None and pending.keep:
-            self.replace(pending.site.output, self.graph.call_function(getitem, (out, 3)))
+        if pending is not None and pending.decision.keep:
+            kept = self.graph.call_function(getitem, (out, 3))
+            if pending.decision.outside:
+                self.convert(pending.decision, kept, decision.channels_last)
+            self.replace(pending.site.output, kept, decision.storage)
         return out
+
+    def written(self, decision: Decision) -> torch.dtype | None:
+        """The dtype that a convolution is told to write; None for that of its storage."""
+        finished = decision.finish == "none" and decision.dtype != decision.storage
+        return decision.dtype if finished else None
+
+    def convert(self, producer: Decision, kept: fx.Node, channels_last: bool) -> None:
+        """Let the readers of a finished tensor that know nothing of how it is kept read it in their dtype."""
+        old = producer.site.output
+        asked = (kept, None, None, None, None, 1.0, "none", None, channels_last, *_STAY, producer.dtype)
+        copy = self.call("normalize", asked)
+        copy.meta.update(old.meta)
+        self.copies[old] = copy
+        old.replace_all_uses_with(copy, delete_user_cb=lambda user: user in producer.outside)
 
     def finish_arguments(self, site: Match, mean: Any, variance: Any) -> tuple[Any, ...]:
         """mean, variance, norm weight, norm bias, eps, activation, residual of a site's finish."""
@@ -152,11 +183,12 @@ class _Writer:
             return self.call(
                 "instance_norm", (raw, weight, bias, eps, activation, residual, decision.channels_last)
             )
-        more: tuple[Any, ...] = ()
-        if site.moves or site.slope is not None:
+        moves: tuple[Any, ...] = ()
+        if site.moves:
             factor = site.upsample_after.factor if site.upsample_after else 1
             pad = site.pad_after
-            more = (factor, *((list(pad.padding), pad.mode) if pad else ([0, 0, 0, 0], "zeros")))
-        if site.slope is not None:
-            more = (*more, site.slope)
-        return self.call("normalize", (raw, *arguments, activation, residual, decision.channels_last, *more))
+            moves = (factor, *((list(pad.padding), pad.mode) if pad else ([0, 0, 0, 0], "zeros")))
+        converts = decision.dtype != decision.storage or decision.precision != "auto"
+        if converts or site.slope is not None:
+            moves = (*(moves or _STAY), site.slope, decision.dtype if converts else None)
+        return self.call("normalize", (raw, *arguments, activation, residual, decision.channels_last, *moves))

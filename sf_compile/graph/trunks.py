@@ -29,6 +29,7 @@ FEWEST_LAYERS = 4
 _OF_ALL = {
     "bias": None, "upsample": 1, "padding": [1, 1, 1, 1], "padding_mode": "reflect", "stride": [1, 1],
     "output_activation": "none", "statistics": True, "channels_last": True, "transposed": False,
+    "out_dtype": None,
 }  # fmt: skip
 _RESULTS = ("input", "mean", "variance")  # what the reader of a convolution takes its first results for
 _KEPT = 3  # the number of the result that is the finished input
@@ -142,6 +143,8 @@ def _continues(trunk: list[_Layer], layer: _Layer) -> bool:
     """Whether ``layer``, which reads the last one of ``trunk``, is what a trunk goes on with."""
     if len(trunk) > 1 and layer.arguments["eps"] != trunk[1].arguments["eps"]:
         return False
+    if layer.arguments["precision"] != trunk[0].arguments["precision"]:
+        return False
     if len(trunk) % 2:
         return layer.does("relu", None, False)
     before = trunk[-2]
@@ -160,7 +163,7 @@ def _replace(graph: fx.Graph, trunk: list[_Layer]) -> fx.Node:
             torch.ops.styleforge.residual_trunk.default,
             (
                 *(first.arguments[name] for name in finish), weights, norm_weights[1:], norm_biases[1:],
-                last.arguments["eps"],
+                last.arguments["eps"], last.arguments["precision"],
             ),
         )  # fmt: skip
     call.meta["sites"] = tuple(site for layer in trunk for site in layer.node.meta["sites"])

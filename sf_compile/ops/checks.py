@@ -49,6 +49,14 @@ def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None
     )
 
 
+def check_dtype(op: str, name: str, dtype: torch.dtype | None) -> None:
+    """``dtype`` must be None or one of pictures."""
+    require(
+        dtype is None or dtype in FLOATING,
+        lambda: f"styleforge::{op}: {name} must be float16, bfloat16, float32 or float64, got {dtype}",
+    )
+
+
 def check_activation(op: str, name: str, text: Any, slope: Tensor | None = None) -> None:
     """``text`` must name one of ``sf_compile.activations``: a PReLU if, and only if, a slope is given."""
     try:
@@ -78,8 +86,11 @@ def check_slope(op: str, input: Tensor, slope: Tensor | None) -> None:
     )
 
 
-def check_residual(op: str, input: Tensor, residual: Tensor | None) -> None:
-    """``residual`` must have the shape, dtype and device of ``input``: it is added, not broadcast."""
+def check_residual(op: str, input: Tensor, residual: Tensor | None, converts: bool = False) -> None:
+    """``residual`` must have the shape and device of ``input``: it is added, not broadcast.
+
+    And its dtype, unless the op ``converts``.
+    """
     if residual is None:
         return
     require(
@@ -88,7 +99,8 @@ def check_residual(op: str, input: Tensor, residual: Tensor | None) -> None:
         f"{tuple(input.shape)}",
     )
     require(
-        residual.dtype == input.dtype and residual.device == input.device,
+        (residual.dtype == input.dtype or (converts and residual.dtype in FLOATING))
+        and residual.device == input.device,
         lambda: f"styleforge::{op}: residual is {residual.dtype} on {residual.device}, the input "
         f"{input.dtype} on {input.device}",
     )

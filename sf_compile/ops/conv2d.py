@@ -15,6 +15,10 @@ is best left out by the caller.
 
 A ``transposed`` convolution has no pad in front of it: ``padding`` is what is cut off each side of its whole
 result, of (H - 1) stride + kh rows, and may be negative on the right and below: the result then goes on.
+
+What is computed in is ``precision``, one of ``sf_compile.precision``. Where that is not "auto", the input,
+the residual, weight and bias may be of any dtype: z, weight and bias are rounded to its storage, once, and
+everything that is returned has that dtype, but for ``output``, if it is given an ``out_dtype``.
 """
 
 from __future__ import annotations
@@ -27,9 +31,11 @@ from torch import Tensor
 from sf_compile.ops import reference
 from sf_compile.ops.activation_gradients import activation_gradient, gradient_by_value
 from sf_compile.ops.checks import (
+    FLOATING,
     PADDING_MODES,
     check_activation,
     check_choice,
+    check_dtype,
     check_image,
     check_moves,
     check_norm,
@@ -40,12 +46,14 @@ from sf_compile.ops.checks import (
 from sf_compile.ops.instance_statistics import statistics_gradient
 from sf_compile.ops.library import empty_image, register
 from sf_compile.ops.normalize import Norm, moved_gradient, normalize_gradients
+from sf_compile.precision import PRECISIONS, storage
 
 SCHEMA = (
     "conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? mean, Tensor? variance, "
     "Tensor? norm_weight, Tensor? norm_bias, float eps, str activation, Tensor? residual, "
     "int upsample, int[4] padding, str padding_mode, int[2] stride, str output_activation, "
-    "bool statistics, bool keep_input, bool channels_last, bool transposed=False) "
+    "bool statistics, bool keep_input, bool channels_last, bool transposed=False, str precision='auto', "
+    "ScalarType? out_dtype=None) "
     "-> (Tensor output, Tensor mean, Tensor variance, Tensor kept_input)"
 )
 
@@ -77,6 +85,18 @@ class Arguments(NamedTuple):
     keep_input: bool
     channels_last: bool
     transposed: bool = False
+    precision: str = "auto"
+    out_dtype: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the convolution's operands are rounded to, and what is kept is stored in."""
+        return storage(self.precision, self.input.dtype)
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """The output's."""
+        return self.out_dtype or self.dtype
 
     @property
     def out_channels(self) -> Any:
@@ -102,7 +122,10 @@ def check(a: Arguments) -> tuple[Any, Any]:
     check_activation("conv2d", "activation", a.activation)
     check_activation("conv2d", "output_activation", a.output_activation)
     check_choice("conv2d", "padding_mode", a.padding_mode, PADDING_MODES)
-    check_residual("conv2d", input, a.residual)
+    check_choice("conv2d", "precision", a.precision, PRECISIONS)
+    check_dtype("conv2d", "out_dtype", a.out_dtype)
+    converts = a.precision != "auto"
+    check_residual("conv2d", input, a.residual, converts)
     require(
         weight.dim() == 4 and weight.shape[0 if a.transposed else 1] == input.shape[1],
         lambda: f"styleforge::conv2d: weight must be "
@@ -110,7 +133,8 @@ def check(a: Arguments) -> tuple[Any, Any]:
         f"{tuple(weight.shape)}",
     )
     require(
-        weight.dtype == input.dtype and weight.device == input.device,
+        (weight.dtype == input.dtype or (converts and weight.dtype in FLOATING))
+        and weight.device == input.device,
         lambda: f"styleforge::conv2d: weight is {weight.dtype} on {weight.device}, the input "
         f"{input.dtype} on {input.device}",
     )
@@ -120,7 +144,8 @@ def check(a: Arguments) -> tuple[Any, Any]:
             lambda: f"styleforge::conv2d: bias must be ({a.out_channels},), got {tuple(bias.shape)}",
         )
         require(
-            bias.dtype == input.dtype and bias.device == input.device,
+            (bias.dtype == input.dtype or (converts and bias.dtype in FLOATING))
+            and bias.device == input.device,
             lambda: f"styleforge::conv2d: bias is {bias.dtype} on {bias.device}, the input "
             f"{input.dtype} on {input.device}",
         )
@@ -168,23 +193,29 @@ def absent(input: Tensor, dtype: torch.dtype) -> Tensor:
 
 def composed(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op out of the reference's pieces, one PyTorch call after another, on any device."""
-    z = reference.normalize(a.input, *a.norm, a.residual) if a.normalizes else a.input
+    z = a.input.to(a.dtype)
+    if a.normalizes:
+        z = reference.normalize(a.input, *a.norm, a.residual, dtype=a.dtype)
     z = reference.layout(z, a.channels_last)
+    # A result of another dtype is rounded to that alone, not to the operands' before.
+    dtype = a.dtype if a.output_dtype == a.dtype else torch.float32
+    weight = a.weight.to(a.dtype).to(dtype)
+    bias = None if a.bias is None else a.bias.to(a.dtype).to(dtype)
     if a.transposed:
-        upsampled = reference.upsample_nearest(z, a.upsample)
+        upsampled = reference.upsample_nearest(z.to(dtype), a.upsample)
         out = reference.conv_transpose2d(
-            upsampled, a.weight, a.bias, a.stride, a.padding, a.output_activation
+            upsampled, weight, bias, a.stride, a.padding, a.output_activation
         )
     else:
-        padded = reference.moved(z, a.upsample, a.padding, a.padding_mode)
-        out = reference.conv2d(padded, a.weight, a.bias, a.stride, a.output_activation)
-    out = reference.layout(out, a.channels_last)
+        padded = reference.moved(z.to(dtype), a.upsample, a.padding, a.padding_mode)
+        out = reference.conv2d(padded, weight, bias, a.stride, a.output_activation)
+    out = reference.layout(out.to(a.output_dtype), a.channels_last)
     if a.statistics:
         mean, variance = reference.statistics(out)
     else:
-        mean = absent(a.input, statistics_dtype(a.input.dtype))
-        variance = absent(a.input, statistics_dtype(a.input.dtype))
-    return out, mean, variance, z if a.keep_input else absent(a.input, a.input.dtype)
+        mean = absent(a.input, statistics_dtype(a.output_dtype))
+        variance = absent(a.input, statistics_dtype(a.output_dtype))
+    return out, mean, variance, z if a.keep_input else absent(a.input, a.dtype)
 
 
 def _cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -205,15 +236,15 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a = Arguments(*arguments)
     height, width = check(a)
     n, c = a.input.shape[0], a.out_channels
-    dtype = a.input.dtype
+    dtype = statistics_dtype(a.output_dtype)
     shape = (n, c) if a.statistics else (0,)
-    kept = absent(a.input, dtype)
+    kept = absent(a.input, a.dtype)
     if a.keep_input:
-        kept = empty_image(a.input.shape, a.input, a.channels_last)
+        kept = empty_image(a.input.shape, a.input, a.channels_last, a.dtype)
     return (
-        empty_image((n, c, height, width), a.input, a.channels_last),
-        a.input.new_empty(shape, dtype=statistics_dtype(dtype)),
-        a.input.new_empty(shape, dtype=statistics_dtype(dtype)),
+        empty_image((n, c, height, width), a.input, a.channels_last, a.output_dtype),
+        a.input.new_empty(shape, dtype=dtype),
+        a.input.new_empty(shape, dtype=dtype),
         kept,
     )
 
@@ -238,6 +269,8 @@ def _backward(
     grad_kept: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Recomputes the padded input (cheap) rather than keeping it; the convolution runs only backwards."""
+    from sf_compile.cuda import tf32
+
     *tensors, output, output_mean = ctx.saved_tensors
     remaining = iter(tensors)
     a = Arguments(
@@ -256,9 +289,11 @@ def _backward(
     if grad is not None:
         if a.output_activation != "none":
             grad = _through_output_activation(grad, output, a)
-        z = a.input
+        grad, weight, z = grad.to(a.dtype), a.weight.to(a.dtype), a.input.to(a.dtype)
         if a.normalizes:
-            z = torch.ops.styleforge.normalize.default(a.input, *a.norm, a.residual, a.channels_last)
+            z = torch.ops.styleforge.normalize.default(
+                a.input, *a.norm, a.residual, a.channels_last, 1, [0, 0, 0, 0], "zeros", a.dtype
+            )
         padding, sizes, output_sizes = list(a.padding), [0, 0], [0, 0]
         if a.transposed:
             padding = [0, 0, 0, 0]
@@ -266,20 +301,26 @@ def _backward(
             grad = torch.nn.functional.pad(grad, cuts)
         padded = reference.moved(z, a.upsample, padding, a.padding_mode)
         needs = ctx.needs_input_grad
-        grad_padded, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, padded, a.weight, None if a.bias is None else list(a.bias.shape), list(a.stride), sizes,
-            [1, 1], a.transposed, output_sizes, 1, [True, needs[1], a.bias is not None and needs[2]],
-        )  # fmt: skip
+        with tf32.switched(a.precision):
+            grad_padded, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+                grad, padded, weight, None if a.bias is None else list(a.bias.shape), list(a.stride),
+                sizes, [1, 1], a.transposed, output_sizes, 1,
+                [True, needs[1], a.bias is not None and needs[2]],
+            )  # fmt: skip
         through = moved_gradient(grad_padded, a.input.shape, a.upsample, padding, a.padding_mode)
         grad_z = through if grad_z is None else grad_z + through
     if grad_z is None:
         return (None,) * len(a)
-    gradients: dict[str, Tensor | None] = {"weight": grad_weight, "bias": grad_bias}
+    gradients: dict[str, Tensor | None] = {}
+    if grad_weight is not None:
+        gradients["weight"] = grad_weight.to(a.weight.dtype)
+    if grad_bias is not None and a.bias is not None:
+        gradients["bias"] = grad_bias.to(a.bias.dtype)
     norm = normalize_gradients(grad_z, a.input, a.norm)
     gradients.update(input=norm.input.to(a.input.dtype), mean=norm.mean, variance=norm.variance)
     gradients.update(norm_weight=norm.weight, norm_bias=norm.bias)
     if a.residual is not None:
-        gradients["residual"] = grad_z
+        gradients["residual"] = grad_z.to(a.residual.dtype)
     return tuple(gradients.get(field) for field in Arguments._fields)
 
 

@@ -6,6 +6,7 @@ less, and a style network makes sixteen calls a picture.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,7 @@ def register(
     Inductor (a silent relayout would cost more than the op saves) and is safe to trace.
     """
     name = schema.split("(", 1)[0]
+    cpu, cuda, backward = map(_without_autocast, (cpu, cuda, backward))
     LIBRARY.define(schema, tags=_TAGS)
     LIBRARY.impl(name, cpu, "CPU")
     LIBRARY.impl(name, cuda, "CUDA")
@@ -52,7 +54,20 @@ def register(
     )
 
 
-def empty_image(shape: Any, like: Tensor, channels_last: bool) -> Tensor:
-    """An uninitialised (N, C, H, W) tensor in the dtype and on the device of ``like``, dense in a layout."""
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, whose operations of PyTorch compute in the dtypes that they are given."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return function(*arguments)
+        with torch._C._DisableAutocast():
+            return function(*arguments)
+
+    return run
+
+
+def empty_image(shape: Any, like: Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised (N, C, H, W) tensor on the device of ``like``, and in its dtype, dense in a layout."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)

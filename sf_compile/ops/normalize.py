@@ -20,6 +20,7 @@ from sf_compile.ops import reference
 from sf_compile.ops.activation_gradients import activation_gradient, prelu_gradients
 from sf_compile.ops.checks import (
     check_activation,
+    check_dtype,
     check_image,
     check_moves,
     check_norm,
@@ -31,8 +32,8 @@ from sf_compile.ops.library import empty_image, register
 SCHEMA = (
     "normalize(Tensor input, Tensor? mean, Tensor? variance, Tensor? weight, Tensor? bias, float eps, "
     "str activation='none', Tensor? residual=None, bool channels_last=False, int upsample=1, "
-    "int[4] padding=[0, 0, 0, 0], str padding_mode='zeros', "
-    "Tensor? slope=None) -> Tensor"
+    "int[4] padding=[0, 0, 0, 0], str padding_mode='zeros', Tensor? slope=None, "
+    "ScalarType? out_dtype=None) -> Tensor"
 )
 
 
@@ -132,7 +133,11 @@ def moved_gradient(
 
 
 class Arguments(NamedTuple):
-    """The op's arguments, in the schema's order; ``padding`` is left, right, top, bottom."""
+    """The op's arguments, in the schema's order; ``padding`` is left, right, top, bottom.
+
+    With an ``out_dtype`` the result is rounded to that instead of the input's dtype, and ``residual`` may
+    have any.
+    """
 
     input: Tensor
     mean: Tensor | None
@@ -147,6 +152,7 @@ class Arguments(NamedTuple):
     padding: Sequence[int] = (0, 0, 0, 0)
     padding_mode: str = "zeros"
     slope: Tensor | None = None
+    out_dtype: torch.dtype | None = None
 
     @property
     def norm(self) -> Norm:
@@ -160,14 +166,15 @@ def _check(a: Arguments) -> tuple[Any, Any]:
     check_norm("normalize", a.input, a.mean, a.variance, a.weight, a.bias)
     check_activation("normalize", "activation", a.activation, a.slope)
     check_slope("normalize", a.input, a.slope)
-    check_residual("normalize", a.input, a.residual)
+    check_dtype("normalize", "out_dtype", a.out_dtype)
+    check_residual("normalize", a.input, a.residual, a.out_dtype is not None)
     return check_moves("normalize", a.input, a.upsample, a.padding, a.padding_mode)
 
 
 def _cpu(*arguments: Any) -> Tensor:
     a = Arguments(*arguments)
     _check(a)
-    z = reference.normalize(a.input, *a.norm, a.residual, a.slope)
+    z = reference.normalize(a.input, *a.norm, a.residual, a.slope, a.out_dtype)
     return reference.layout(reference.moved(z, a.upsample, a.padding, a.padding_mode), a.channels_last)
 
 
@@ -177,21 +184,22 @@ def _cuda(*arguments: Any) -> Tensor:
     a = Arguments(*arguments)
     _check(a)
     return normalization.normalize(
-        a.input, a.norm, a.residual, a.channels_last, a.upsample, a.padding, a.padding_mode,
-        a.slope,
+        a.input, a.norm, a.residual, a.channels_last, a.upsample, a.padding, a.padding_mode, a.slope,
+        a.out_dtype,
     )  # fmt: skip
 
 
 def _fake(*arguments: Any) -> Tensor:
     a = Arguments(*arguments)
     height, width = _check(a)
-    return empty_image((*a.input.shape[:2], height, width), a.input, a.channels_last)
+    return empty_image((*a.input.shape[:2], height, width), a.input, a.channels_last, a.out_dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a = Arguments(*inputs)
     ctx.save_for_backward(a.input, a.mean, a.variance, a.weight, a.bias, a.slope)
-    ctx.eps, ctx.activation, ctx.has_residual = a.eps, a.activation, a.residual is not None
+    ctx.eps, ctx.activation = a.eps, a.activation
+    ctx.residual = None if a.residual is None else a.residual.dtype
     ctx.moves = a.upsample, tuple(a.padding), a.padding_mode
 
 
@@ -200,8 +208,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     norm = Norm(mean, variance, weight, bias, ctx.eps, ctx.activation)
     grad = moved_gradient(grad, input.shape, *ctx.moves)
     grads = normalize_gradients(grad, input, norm, slope)
-    grad_residual = grad if ctx.has_residual else None
-    return grads.input.to(input.dtype), *grads[1:5], None, None, grad_residual, *[None] * 4, grads.slope
+    grad_residual = None if ctx.residual is None else grad.to(ctx.residual)
+    inputs = grads.input.to(input.dtype), *grads[1:5], None, None, grad_residual
+    return *inputs, *[None] * 4, grads.slope, None
 
 
 register(

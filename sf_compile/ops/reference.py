@@ -131,15 +131,16 @@ def normalize(
     activation: str,
     residual: Tensor | None,
     slope: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """act((input - mean) / sqrt(variance + eps) * weight + bias) + residual, in ``input``'s dtype.
+    """act((input - mean) / sqrt(variance + eps) * weight + bias) + residual, in ``dtype`` or ``input``'s.
 
     ``slope`` (1,) or (C,) is that of a PReLU.
     """
     x = activate_(affine(input, mean, variance, weight, bias, eps), activation, slope)
     if residual is not None:
         x.add_(residual)
-    return x.to(input.dtype)
+    return x.to(dtype or input.dtype)
 
 
 def upsample_nearest(input: Tensor, factor: int) -> Tensor:
@@ -195,14 +196,14 @@ def picture_to_uint8(input: Tensor, low: float, high: float) -> tuple[Tensor, Te
 
 def conv_transpose2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    activation: str,
+    activation: str, convolve: Callable[..., Tensor] = F.conv_transpose2d,
 ) -> Tensor:  # fmt: skip
     """The transposed convolution with ``padding`` (left, right, top, bottom) cut off it, and its activation.
 
     ``weight`` (C, O, kh, kw). Where ``padding`` is negative, on the right or below, the result goes on.
     """
     sizes, output_sizes, cuts = transposed_sizes(stride, padding)
-    out = F.conv_transpose2d(input, weight, bias, list(stride), sizes, output_sizes)
+    out = convolve(input, weight, bias, list(stride), sizes, output_sizes)
     if any(cuts):
         out = F.pad(out, [-cut for cut in cuts])
     return _activated(out, activation)

@@ -18,11 +18,13 @@ from sf_compile.ops.checks import require
 from sf_compile.ops.conv2d import Arguments as Convolution
 from sf_compile.ops.conv2d import check, conv2d
 from sf_compile.ops.library import CUDA, LIBRARY
+from sf_compile.precision import storage
 
 SCHEMA = (
     "residual_trunk(Tensor input, Tensor? mean, Tensor? variance, Tensor? norm_weight, Tensor? norm_bias, "
     "float eps, str activation, Tensor[] weights, Tensor[] norm_weights, Tensor[] norm_biases, "
-    "float inner_eps) -> (Tensor output, Tensor mean, Tensor variance, Tensor kept_input)"
+    "float inner_eps, str precision='auto') "
+    "-> (Tensor output, Tensor mean, Tensor variance, Tensor kept_input)"
 )
 
 
@@ -35,7 +37,8 @@ class Arguments(NamedTuple):
 
     ``input`` (N, C, H, W) is raw, and finished by ``mean`` to ``activation`` as ``conv2d`` does it. Two of
     ``weights`` (C, C, 3, 3) make a block, without biases; ``norm_weights`` and ``norm_biases`` (C,) belong to
-    the instance norms between the convolutions, one fewer, all of ``inner_eps``.
+    the instance norms between the convolutions, one fewer, all of ``inner_eps``. ``precision`` is the
+    convolutions'.
     """
 
     input: Tensor
@@ -49,6 +52,7 @@ class Arguments(NamedTuple):
     norm_weights: list[Tensor]
     norm_biases: list[Tensor]
     inner_eps: float
+    precision: str = "auto"
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -70,39 +74,43 @@ def _checked(arguments: tuple[Any, ...]) -> Arguments:
 
 
 def _layer(
-    x: Tensor, weight: Tensor, norm: _Norm, activation: str, residual: Tensor | None, keep: bool
-) -> Convolution:
+    x: Tensor, weight: Tensor, norm: _Norm, activation: str, residual: Tensor | None, keep: bool,
+    precision: str,
+) -> Convolution:  # fmt: skip
     """One convolution, which finishes its input by ``norm``, ``activation`` and ``residual``."""
     return Convolution(
         x, weight, None, *norm, activation, residual, 1, [1, 1, 1, 1], "reflect", [1, 1], "none", True, keep,
-        True,
+        True, False, precision,
     )  # fmt: skip
 
 
 def _layers(convolve: Callable[..., Any], a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The trunk by one call of ``convolve`` after another."""
-    raw, mean, variance, z = convolve(*_layer(a.input, a.weights[0], a[1:6], a.activation, None, True))
+    layer = functools.partial(_layer, precision=a.precision)
+    raw, mean, variance, z = convolve(*layer(a.input, a.weights[0], a[1:6], a.activation, None, True))
     following = zip(a.weights[1:], a.norm_weights, a.norm_biases, strict=True)
     for number, (weight, norm_weight, norm_bias) in enumerate(following, 1):
         norm = mean, variance, norm_weight, norm_bias, a.inner_eps
         if number % 2:
-            raw, mean, variance, _ = convolve(*_layer(raw, weight, norm, "relu", None, False))
+            raw, mean, variance, _ = convolve(*layer(raw, weight, norm, "relu", None, False))
         else:
-            raw, mean, variance, z = convolve(*_layer(raw, weight, norm, "none", z, True))
+            raw, mean, variance, z = convolve(*layer(raw, weight, norm, "none", z, True))
     return raw, mean, variance, z
 
 
 def _on_cuda(convolve: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The trunk by one launch where a kernel runs it, else by ``convolve``; keeps nothing for a gradient."""
-    from sf_compile.cuda import residual_trunk
+    from sf_compile.cuda import packing, residual_trunk
 
     a = _checked(arguments)
-    check(_layer(a.input, a.weights[0], a[1:6], a.activation, None, True))
+    check(_layer(a.input, a.weights[0], a[1:6], a.activation, None, True, a.precision))
     finish = residual_trunk.Finish(*a[1:6], a.activation == "relu")
     norms = list(zip(a.norm_weights, a.norm_biases, strict=True))
-    known = a.activation in ("none", "relu")
-    if known and residual_trunk.refusal(a.input, finish, a.weights, norms) is None:
-        return residual_trunk.trunk(a.input, finish, a.weights, norms, a.inner_eps)
+    dtype = storage(a.precision, a.input.dtype)
+    if a.activation in ("none", "relu") and a.input.dtype == dtype:
+        weights = [packing.cast(weight, dtype) for weight in a.weights]
+        if residual_trunk.refusal(a.input, finish, weights, norms) is None:
+            return residual_trunk.trunk(a.input, finish, weights, norms, a.inner_eps)
     return _layers(convolve, a)
 
 
