@@ -1,6 +1,7 @@
 """``torch.compile(model, backend="styleforge")``: the one file that knows the order of the stages.
 
-    Dynamo's graph -> normalize -> match -> plan -> rewrite -> trunks -> regions -> the fallback compiler
+    Dynamo's graph -> normalize -> match -> plan -> rewrite -> trunks -> regions -> the fallback compiler,
+    or CUDA graphs
 
 PyTorch finds ``styleforge`` below through the entry point group ``torch_dynamo_backends``. Nothing
 in a model that the matcher does not understand is touched; a graph with nothing to fuse is handed
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sf_compile.graph import capturable
 from sf_compile.graph.match import Matches, match
 from sf_compile.graph.normalize import NormalizedGraph, normalize
 from sf_compile.graph.plan import Plan, plan
@@ -52,11 +54,56 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], options: Option
         return _fallback(gm, example_inputs, options)
     if options.fallback == "eager" and _will_be_saved():
         return _saved(analysis)
+    graphs = capture_of(analysis, options)
     rewritten, regions = rewritten_graph(analysis, options)
     log.debug("fused %d sites:\n%s", len(analysis.plan.decisions), analysis.plan)
     for number, region in enumerate(regions):
         log.debug("region %d: %s", number, region)
-    return _fallback(rewritten, example_inputs, options)
+    if options.fallback != "eager":
+        return _fallback(rewritten, example_inputs, options)
+    return _run(rewritten, graphs, options)
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Whether calls of one graph are captured in CUDA graphs.
+
+    Attributes:
+        refusal: Why they are not; None where they are.
+        bound: The inputs, by number, that stay where they are from call to call.
+    """
+
+    refusal: str | None
+    bound: frozenset[int] = frozenset()
+
+    def __str__(self) -> str:
+        return f"none: {self.refusal}" if self.refusal else "captured when a call comes a second time"
+
+
+def capture_of(analysis: Analysis, options: Options) -> Capture:
+    """What becomes of the calls of a graph; to be asked before it is rewritten."""
+    bound = capturable.bound(analysis.normalized.graph)
+    if not options.captures:
+        others = "those of the fallback, if any" if options.fallback != "eager" else "not asked for"
+        return Capture(others, bound)
+    if not analysis.plan.decisions:
+        return Capture("nothing is fused, and the graph runs as it came", bound)
+    return Capture(capturable.refusal(analysis.normalized), bound)
+
+
+def _run(gm: fx.GraphModule, capture: Capture, options: Options) -> Callable[..., Any]:
+    """What is called in the place of a graph that was rewritten."""
+    from sf_compile.runtime.out_of_memory import Explained
+
+    run: Callable[..., Any] = Explained(gm)
+    if not options.captures:
+        return run
+    if capture.refusal is not None:
+        log.warning("styleforge: no CUDA graph: %s", capture.refusal)
+        return run
+    from sf_compile.runtime.cuda_graphs import Graphed, cuda
+
+    return Graphed(run, capture.bound, options.cuda_graphs_limit, options.cuda_graphs_memory, cuda())
 
 
 def rewritten_graph(analysis: Analysis, options: Options) -> tuple[fx.GraphModule, list[Region]]:
@@ -92,7 +139,7 @@ def in_regions(gm: fx.GraphModule) -> Callable[..., Any]:
     from sf_compile.ops.region import runner
 
     group(gm, runner)
-    return gm.forward
+    return _run(gm, Capture(None), Options())
 
 
 def _fallback(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Any:

@@ -11,6 +11,8 @@ FALLBACKS = ("eager", "inductor")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 LAYOUTS = ("auto", "channels_last", "contiguous")
 PRECISIONS = ("auto", "fp16", "bf16", "tf32", "fp32")
+CAPTURING_MODES = ("reduce-overhead", "max-autotune")
+"""The modes that mean CUDA graphs, as they do for Inductor."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,13 @@ class Options:
             TF32 and autocast say), ``"fp16"``, ``"bf16"``, ``"tf32"`` or ``"fp32"``, from a model of any
             dtype. Sums and statistics are float32, parameters stay as they are, and so does the dtype
             of what a model returns.
-        mode: One of torch.compile's four modes. The fused ops run alike in all of them; with
-            ``fallback="inductor"`` the mode is Inductor's.
+        mode: One of torch.compile's four modes. The fused ops run alike in all of them; those of
+            ``CAPTURING_MODES`` run them in CUDA graphs. With ``fallback="inductor"`` the mode is Inductor's,
+            and so are its graphs.
+        cuda_graphs: Whether a call that comes again is captured in a CUDA graph and replayed; None leaves it
+            to ``mode``. For ``fallback="eager"`` alone: another fallback sees to graphs itself.
+        cuda_graphs_limit: How many graphs one compiled graph keeps; the least recently used go first.
+        cuda_graphs_memory: The share of the GPU's memory that they may hold together.
 
     Raises:
         ValueError: for a value that is none of these; the message names the nearest valid one.
@@ -38,6 +45,9 @@ class Options:
     layout: str = "auto"
     precision: str = "auto"
     mode: str = "default"
+    cuda_graphs: bool | None = None
+    cuda_graphs_limit: int = 8
+    cuda_graphs_memory: float = 0.25
 
     def __post_init__(self) -> None:
         if not callable(self.fallback):
@@ -45,6 +55,30 @@ class Options:
         _check_choice("layout", self.layout, LAYOUTS)
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("mode", self.mode, MODES)
+        self._check_cuda_graphs()
+
+    @property
+    def captures(self) -> bool:
+        """Whether calls are captured in CUDA graphs of ours."""
+        wanted = self.mode in CAPTURING_MODES if self.cuda_graphs is None else self.cuda_graphs
+        return wanted and self.fallback == "eager"
+
+    def _check_cuda_graphs(self) -> None:
+        if self.cuda_graphs is not None and type(self.cuda_graphs) is not bool:
+            raise ValueError(f"styleforge: cuda_graphs is True, False or None, not {self.cuda_graphs!r}")
+        if self.cuda_graphs and self.fallback != "eager":
+            raise ValueError(
+                "styleforge: cuda_graphs=True is for fallback='eager'; Inductor captures graphs of its own "
+                "by mode='reduce-overhead', and a callable may do as it likes"
+            )
+        limit, share = self.cuda_graphs_limit, self.cuda_graphs_memory
+        if type(limit) is not int or limit < 1:
+            raise ValueError(f"styleforge: cuda_graphs_limit is a number of graphs, 1 or more, not {limit!r}")
+        if type(share) not in (int, float) or not 0 < share <= 1:
+            raise ValueError(
+                f"styleforge: cuda_graphs_memory is a share of the GPU's memory, above 0 and up to 1, "
+                f"not {share!r}"
+            )
 
     @classmethod
     def build(cls, options: Mapping[str, Any] | Options | None = None, mode: str | None = None) -> Options:

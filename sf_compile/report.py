@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sf_compile.backend import Analysis, analyse, rewritten_graph
-from sf_compile.cuda import tf32
+from sf_compile import tf32
+from sf_compile.backend import Analysis, analyse, capture_of, rewritten_graph
 from sf_compile.graph.plan import Decision, describe, precision_of
 from sf_compile.graph.values import value_of
 from sf_compile.options import Options
+from sf_compile.runtime.memory import Memory, mebibytes, predict
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Report:
         untouched: Names of the operations that stay as they are: the skipped, and those no rule is about.
         graph_breaks: Why Dynamo split the model into several graphs, one reason a break.
         options: The settings that were asked for.
+        memory: What a call of each graph needs on a GPU; None where that cannot be told.
+        cuda_graphs: For each graph, whether its calls are captured in CUDA graphs, or why not.
     """
 
     fused: tuple[Fused, ...]
@@ -71,6 +74,8 @@ class Report:
     untouched: tuple[str, ...]
     graph_breaks: tuple[str, ...]
     options: Options
+    memory: tuple[Memory | None, ...] = ()
+    cuda_graphs: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain lists, dicts, strings and numbers (``json.dumps`` takes it)."""
@@ -83,6 +88,8 @@ class Report:
             "untouched": list(self.untouched),
             "graph_breaks": list(self.graph_breaks),
             "options": options,
+            "memory": [one and one.to_dict() for one in self.memory],
+            "cuda_graphs": list(self.cuda_graphs),
         }
 
     def __str__(self) -> str:
@@ -105,9 +112,22 @@ class Report:
         others = [name for name in self.untouched if name not in named]
         if others:
             lines.append(f"no rule is about: {', '.join(others)}")
+        lines += self._memory_lines()
+        if self.options.captures:
+            lines += [f"CUDA graphs: {text}" for text in self.cuda_graphs]
         lines.append(f"graph breaks: {len(self.graph_breaks)}")
         lines += [f"  {reason.strip().splitlines()[0]}" for reason in self.graph_breaks]
         return "\n".join(lines)
+
+
+    def _memory_lines(self) -> list[str]:
+        """What calls need on a GPU, of the graphs in which something is fused."""
+        graphs = {site.graph for site in self.fused}
+        found = [one for i, one in enumerate(self.memory) if i in graphs and one is not None]
+        lines = [f"memory on a GPU: {one}" for one in found]
+        if self.options.captures:
+            lines += [f"memory with a CUDA graph: {mebibytes(one.graph)} MiB" for one in found]
+        return lines
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -140,9 +160,11 @@ def explain(
     """
     settings = Options.build(options)
     analyses: list[Analysis] = []
+    inputs_of: list[list[Any]] = []
 
     def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         analyses.append(analyse(gm, example_inputs, settings))
+        inputs_of.append(example_inputs)
         return gm.forward
 
     counters = torch._dynamo.utils.counters["graph_break"]
@@ -156,7 +178,7 @@ def explain(
         torch.compiler.reset()
         _restore(buffers)
     breaks = [reason for reason, count in counters.items() for _ in range(count - before.get(reason, 0))]
-    return _report(analyses, breaks, settings)
+    return _report(analyses, inputs_of, breaks, settings)
 
 
 def _buffers(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -172,10 +194,14 @@ def _restore(buffers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
                 buffer.copy_(value)
 
 
-def _report(analyses: Sequence[Analysis], breaks: Sequence[str], options: Options) -> Report:
+def _report(
+    analyses: Sequence[Analysis], inputs: Sequence[Sequence[Any]], breaks: Sequence[str], options: Options
+) -> Report:
     fused: list[Fused] = []
     skipped: list[Skipped] = []
     untouched: list[str] = []
+    memory: list[Memory | None] = []
+    captures: list[str] = []
     for index, analysis in enumerate(analyses):
         inside = {step.node for decision in analysis.plan.decisions for step in decision.site.steps}
         skipped += [Skipped(miss.node, miss.reason, index) for miss in analysis.matches.misses]
@@ -184,11 +210,23 @@ def _report(analyses: Sequence[Analysis], breaks: Sequence[str], options: Option
             for node in analysis.normalized.graph.nodes
             if node.op not in ("placeholder", "output", "get_attr") and node not in inside
         ]
+        capture = capture_of(analysis, options)
+        captures.append(str(capture))
         # Last, for it takes the analysed copy of the graph apart.
-        regions = rewritten_graph(analysis, options)[1]
+        rewritten, regions = rewritten_graph(analysis, options)
+        memory.append(_predicted(rewritten, inputs[index], capture.bound))
         numbers = {site: number for number, region in enumerate(regions) for site in region.sites}
         fused += [_fused(decision, index, numbers) for decision in analysis.plan.decisions]
-    return Report(tuple(fused), tuple(skipped), tuple(untouched), tuple(breaks), options)
+    return Report(
+        tuple(fused), tuple(skipped), tuple(untouched), tuple(breaks), options, tuple(memory), tuple(captures)
+    )
+
+
+def _predicted(gm: fx.GraphModule, inputs: Sequence[Any], bound: frozenset[int]) -> Memory | None:
+    try:
+        return predict(gm, inputs, bound)
+    except (RuntimeError, TypeError, ValueError):  # sizes that depend on numbers in a tensor, for one
+        return None
 
 
 def _fused(decision: Decision, graph: int, regions: Mapping[str, int]) -> Fused:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from cases import relative_error
 from torch import Tensor
 
-from sf_compile import ops
-from sf_compile.cuda import convolution, halo_conv, tf32
+from sf_compile import ops, tf32
+from sf_compile.cuda import convolution, halo_conv
 from sf_compile.cuda.compiler import KernelKey, compile_kernel
 from sf_compile.ops import reference
 from sf_compile.ops.conv2d import Arguments

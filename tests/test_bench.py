@@ -221,7 +221,10 @@ def test_default_peers_leave_out_what_cannot_run_here(monkeypatch: pytest.Monkey
 
 def test_graph_peers_say_so() -> None:
     graphs = {peer.name for peer in PEERS.values() if peer.graphs}
-    assert graphs == {"eager-graph", "inductor-reduce-overhead", "inductor-max-autotune", "styleforge-graph"}
+    assert graphs == {
+        "eager-graph", "inductor-reduce-overhead", "inductor-max-autotune", "styleforge-graph",
+        "styleforge-reduce-overhead",
+    }  # fmt: skip
     assert PEERS["styleforge-graph"].row_name == PEERS["styleforge"].row_name == "styleforge"
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sf_compile.bench import timing
 from sf_compile.bench.checks import check_error, check_output, relative_error
 from sf_compile.bench.rows import BenchmarkError
 from sf_compile.bench.timing import Budget, Sample, interleaved, sustained
@@ -135,6 +136,7 @@ def test_every_call_gets_latencies_and_rotating_inputs() -> None:
     for name, sample in samples.items():
         assert len(sample.latencies) == 6 and sample.streamed == 6
         assert min(sample.latencies) > 0 and sample.back_to_back > 0
+        assert sample.host == [] and sample.host_us is None  # of a GPU alone
         assert seen[name] == [number % 3 for number in range(2 * (1 + 3 + 3))]
 
 
@@ -152,6 +154,19 @@ def test_sustained_counts_the_second_half() -> None:
     sample = sustained(calls.append, [torch.zeros(1)], 0.02)
     assert 0 < len(sample.latencies) < len(calls)
     assert sample.back_to_back == pytest.approx(sum(sample.latencies) / len(sample.latencies))
+
+
+def test_the_hosts_time_is_that_of_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    def synchronize(device: torch.device) -> None:
+        time.sleep(0.01)
+        waits.append(time.perf_counter())
+
+    monkeypatch.setattr(timing, "synchronize", synchronize)
+    assert timing.host_us(lambda value: time.sleep(0.002), torch.zeros(1)) == pytest.approx(2500, abs=1000)
+    assert len(waits) == 1
+    assert Sample(host=[3.0, 1.0, 2.0]).host_us == 2.0
 
 
 def test_percentiles_of_a_sample() -> None:

@@ -29,7 +29,7 @@ def refused(words, capsys, *parts):
 def test_the_report_on_a_checkpoint_is_printed_as_text(weights, capsys):
     assert main(["explain", str(weights), "--size", "16x24", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "conv" in out
+    assert "conv" in out and "memory on a GPU: " in out
     with pytest.raises(json.JSONDecodeError):
         json.loads(out)
 

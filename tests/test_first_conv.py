@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from cases import relative_error
 from torch import Tensor
 
-from sf_compile import ops
-from sf_compile.cuda import first_conv, hopper, tf32
+from sf_compile import ops, tf32
+from sf_compile.cuda import first_conv, hopper
 from sf_compile.cuda.launcher import loaded
 from sf_compile.ops import reference
 from sf_compile.ops.conv2d import Arguments

@@ -13,8 +13,8 @@ from cases import LAYOUTS, picture, relative_error
 from emulated_kernel import EmulatedKernel, guarded
 from torch import Tensor
 
-from sf_compile import ops
-from sf_compile.cuda import hopper, last_conv, tf32
+from sf_compile import ops, tf32
+from sf_compile.cuda import hopper, last_conv
 from sf_compile.cuda.last_conv import Variant
 from sf_compile.ops.conv2d import Arguments
 from sf_compile.ops.reference import activate_

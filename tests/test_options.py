@@ -34,6 +34,24 @@ def test_every_mode_of_torch_compile_is_taken_either_way(mode):
     assert Options.build({"mode": mode}).mode == mode
 
 
+@pytest.mark.parametrize(
+    ("settings", "captures"),
+    [
+        ({}, False),
+        ({"cuda_graphs": True}, True),
+        ({"mode": "reduce-overhead"}, True),
+        ({"mode": "max-autotune"}, True),
+        ({"mode": "max-autotune-no-cudagraphs"}, False),
+        ({"mode": "max-autotune-no-cudagraphs", "cuda_graphs": True}, True),
+        ({"mode": "reduce-overhead", "cuda_graphs": False}, False),
+        ({"mode": "reduce-overhead", "fallback": "inductor"}, False),  # Inductor's own
+        ({"mode": "reduce-overhead", "fallback": a_backend}, False),
+    ],
+)
+def test_a_mode_means_graphs_as_it_does_for_inductor(settings, captures):
+    assert Options.build(settings).captures is captures
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_taken(layout):
     assert Options.build({"layout": layout}).layout == layout
@@ -76,6 +94,15 @@ WRONG = [
         f"mode cannot be 'max-autotun'; did you mean 'max-autotune'? Valid: {MODE_NAMES}",
     ),
     ({"mode": "fast"}, "mode cannot be 'fast'; "),
+    ({"cuda_graph": True}, f"unknown option 'cuda_graph'; did you mean 'cuda_graphs'? Valid: {KEYS}"),
+    ({"cuda_graphs": 1}, "cuda_graphs is True, False or None, not 1"),
+    ({"cuda_graphs": "yes"}, "cuda_graphs is True, False or None, not 'yes'"),
+    ({"cuda_graphs": True, "fallback": "inductor"}, "cuda_graphs=True is for fallback='eager'; Inductor "),
+    ({"cuda_graphs": True, "fallback": a_backend}, "cuda_graphs=True is for fallback='eager'; "),
+    ({"cuda_graphs_limit": 0}, "cuda_graphs_limit is a number of graphs, 1 or more, not 0"),
+    ({"cuda_graphs_limit": True}, "cuda_graphs_limit is a number of graphs, 1 or more, not True"),
+    ({"cuda_graphs_memory": 1.5}, "cuda_graphs_memory is a share of the GPU's memory, above 0 and up to 1"),
+    ({"cuda_graphs_memory": 0}, "cuda_graphs_memory is a share of the GPU's memory, above 0 and up to 1"),
     ({"mode": None}, "mode cannot be None (NoneType); "),
 ]
 

@@ -39,6 +39,12 @@ PARTS = {
     "sf_compile.graph": ("sf_compile.ops", "sf_compile.cuda", "sf_compile.backend", "sf_compile.report"),
     "sf_compile.ops": ("sf_compile.graph", "sf_compile.options", "sf_compile.backend", "sf_compile.report"),
     "sf_compile.cuda": ("sf_compile.graph", "sf_compile.options", "sf_compile.backend", "sf_compile.report"),
+    "sf_compile.runtime": (
+        "sf_compile.graph",
+        "sf_compile.options",
+        "sf_compile.backend",
+        "sf_compile.report",
+    ),
     "sf_compile.models": ("sf_compile.graph", "sf_compile.ops", "sf_compile.cuda", "sf_compile.backend"),
     "sf_compile.options": ("sf_compile.",),
     "sf_compile.pipeline": ("sf_compile.graph", "sf_compile.cuda", "sf_compile.backend", "sf_compile.cli"),

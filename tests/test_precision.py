@@ -15,9 +15,8 @@ from networks import Net, reflect
 from torch import Tensor, fx, nn
 
 import sf_compile.ops  # noqa: F401  registers the ops
-from sf_compile import explain, options
+from sf_compile import explain, options, tf32
 from sf_compile.backend import styleforge
-from sf_compile.cuda import tf32
 from sf_compile.graph.match import match
 from sf_compile.graph.normalize import normalize
 from sf_compile.graph.plan import plan

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from cases import relative_error
 from torch import Tensor
 
-from sf_compile import explain
+from sf_compile import explain, tf32
 from sf_compile.backend import styleforge
-from sf_compile.cuda import convolution, first_conv, last_conv, normalization, repeated, tf32
+from sf_compile.cuda import convolution, first_conv, last_conv, normalization, repeated
 from sf_compile.cuda.recorder import Recorder
 from sf_compile.models import TransformerNet
 from sf_compile.ops import reference

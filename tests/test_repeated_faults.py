@@ -141,7 +141,7 @@ def test_weights_packed_in_inference_mode_are_renewed_outside_of_it():
 def test_tensors_of_two_devices_are_left_to_the_ops(gpu):
     calls = []
     run = Repeated(graph_of(lambda call, x, y: [call(lambda a, b: calls.append(1) or a, x, y)], 2))
-    run._inner = lambda x, y: calls.append("op by op") or (x,)
+    run._ops = lambda x, y: calls.append("op by op") or (x,)
     for _ in range(4):
         run(whole(SHAPE), torch.empty(SHAPE, device="meta"))
     assert calls == ["op by op"] * 4 and stand_in_gpu.KERNELS and gpu.replayed == 0

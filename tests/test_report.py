@@ -116,14 +116,19 @@ def test_to_dict_survives_json():
     report = sf_compile.explain(Mixed(), picture(), options={"layout": "contiguous"})
     data = json.loads(json.dumps(report.to_dict()))
     assert data == report.to_dict()
-    assert set(data) == {"fused", "skipped", "untouched", "graph_breaks", "options"}
+    names = {"fused", "skipped", "untouched", "graph_breaks", "options", "memory", "cuda_graphs"}
+    assert set(data) == names
     assert data["fused"][0]["pattern"] == "pad+conv+norm+relu" and data["fused"][0]["nodes"] == 4
     assert data["skipped"][0]["node"] == report.skipped[0].node
     assert data["skipped"][0]["reason"] == report.skipped[0].reason
     assert data["untouched"] == list(report.untouched)
     assert data["options"] == {
-        "fallback": "eager", "layout": "contiguous", "mode": "default", "precision": "auto"
+        "fallback": "eager", "layout": "contiguous", "mode": "default", "precision": "auto",
+        "cuda_graphs": None, "cuda_graphs_limit": 8, "cuda_graphs_memory": 0.25,
     }  # fmt: skip
+    (memory,) = data["memory"]
+    assert memory["input"] == picture().numel() * 4 and memory["peak"] > memory["output"] > 0
+    assert data["cuda_graphs"] == ["none: not asked for"]
 
 
 @pytest.mark.parametrize("fallback", [styleforge, functools.partial(styleforge, mode=None)])
@@ -184,6 +189,15 @@ def test_options_change_the_report():
         assert {site.layout for site in report.fused[:-1]} == {layout}
         assert report.fused[-1].layout == "contiguous"  # what the model returns has eager's strides
     assert report == sf_compile.explain(net, picture(), options=Options(layout="channels_last"))
+
+
+def test_the_text_says_what_memory_a_call_needs_and_what_becomes_of_graphs():
+    net = TransformerNet(4, 1).eval()
+    text = str(sf_compile.explain(net, picture()))
+    assert text.count("memory on a GPU: ") == 1 and "CUDA graph" not in text
+    text = str(sf_compile.explain(net, picture(), options={"cuda_graphs": True}))
+    assert "\nmemory with a CUDA graph: " in text
+    assert "\nCUDA graphs: none: " in text and " is on the CPU\n" in text
 
 
 def test_keyword_inputs_are_passed_on():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sf_compile.cuda import tf32
+from sf_compile import tf32
 
 
 def test_rounded_keeps_ten_bits_of_mantissa():

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sf_compile import tf32
 from sf_compile.bench.ceilings import Ceilings, measure_ceilings
 from sf_compile.bench.checks import check_output, check_sizes, relative_error
 from sf_compile.bench.layer_operands import Case, Operands, exact, finish, operands, prepare
@@ -25,7 +26,6 @@ from sf_compile.bench.replays import calls_in_replay, repeated, rotating_sets
 from sf_compile.bench.rows import BenchmarkError, Keep, Log, Row, dtype_name, environment_of, forget, rounded
 from sf_compile.bench.timing import Budget, Sample, interleaved, sustained
 from sf_compile.bench.work import Size, parse_sizes, transformer_net_layers
-from sf_compile.cuda import tf32
 from sf_compile.ops.conv2d import Arguments
 from sf_compile.ops.conv2d import conv2d as fused_conv2d
 

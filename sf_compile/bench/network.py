@@ -21,6 +21,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sf_compile import tf32
 from sf_compile.bench.building import Built, build, ready
 from sf_compile.bench.ceilings import Ceilings, measure_ceilings
 from sf_compile.bench.checks import check_output, check_sizes, relative_error, run_in_tf32
@@ -28,7 +29,6 @@ from sf_compile.bench.peers import PEERS, Build, Peer
 from sf_compile.bench.rows import BenchmarkError, Keep, Log, Row, dtype_name, environment_of, forget, rounded
 from sf_compile.bench.timing import Budget, Call, Sample, interleaved, sustained
 from sf_compile.bench.work import Size, parse_sizes, transformer_net_flop
-from sf_compile.cuda import tf32
 from sf_compile.models import CheckpointError, TensorFlowTransformNet, TransformerNet, load_checkpoint
 
 GPU_SIZES = parse_sizes("512x512,1080x1920,2160x3840,8x512x512")
@@ -291,6 +291,7 @@ def _row(
         "p20_ms": rounded(sample.percentile(20)),
         "p80_ms": rounded(sample.percentile(80)),
         "back_to_back_ms": rounded(sample.back_to_back),
+        "host_us": rounded(sample.host_us),
         "peak_mb": rounded(runner.peak_mb),
         "compile_cold_s": rounded(runner.built.compile_cold_s),
         "compile_warm_s": rounded(runner.built.compile_warm_s),

@@ -57,6 +57,13 @@ def styleforge(model: nn.Module, precision: str = "auto") -> Network:
     return torch.compile(model, backend=backend, dynamic=False, fullgraph=True, options=options)
 
 
+def styleforge_reduce_overhead(model: nn.Module) -> Network:
+    """Compile with this package's backend and let it capture CUDA graphs."""
+    from sf_compile.backend import styleforge as backend
+
+    return torch.compile(model, backend=backend, mode="reduce-overhead", dynamic=False, fullgraph=True)
+
+
 @dataclass(frozen=True)
 class Peer:
     """One way to run a network.
@@ -103,7 +110,7 @@ class Peer:
                 return "Inductor needs Triton for a GPU: pip install triton"
             if device.type == "cpu" and not _has_cpp_compiler():
                 return "Inductor needs a C++ compiler for a CPU: install g++ or clang++, or set CXX"
-        if self.row_name == "styleforge" and importlib.util.find_spec("sf_compile.backend") is None:
+        if self.row_name.startswith("styleforge") and importlib.util.find_spec("sf_compile.backend") is None:
             return "sf_compile.backend is not installed: reinstall sf_compile"
         return None
 
@@ -137,5 +144,7 @@ PEERS: dict[str, Peer] = {
              compiles=True, own_graphs=True, channels_last=SIXTEEN_BIT),
         Peer("styleforge", "styleforge", styleforge, compiles=True),
         Peer("styleforge-graph", "styleforge", styleforge, compiles=True, captured=True),
+        Peer("styleforge-reduce-overhead", "styleforge-reduce-overhead", styleforge_reduce_overhead,
+             compiles=True, own_graphs=True),
     )
 }  # fmt: skip

@@ -31,8 +31,8 @@ def network_table(rows: Sequence[Row]) -> str:
     ``x`` is a peer's median over styleforge's (over its CUDA graph where that ran), so above 1 the peer
     is slower; without a styleforge row it is over eager's. ``of floor`` is the floor over the median.
     """
-    header = ("peer", "precision", "graphs", "layout", "median ms", "p20", "p80", "back to back", "x",
-              "of floor", "peak MiB", "cold s", "warm s", "kernels cold s", "kernels warm s",
+    header = ("peer", "precision", "graphs", "layout", "median ms", "p20", "p80", "back to back", "host us",
+              "x", "of floor", "peak MiB", "cold s", "warm s", "kernels cold s", "kernels warm s",
               "error")  # fmt: skip
     tables = []
     for (size, dtype, condition), group in _grouped(rows).items():
@@ -47,6 +47,7 @@ def network_table(rows: Sequence[Row]) -> str:
                 cell(row["p20_ms"]),
                 cell(row["p80_ms"]),
                 cell(row["back_to_back_ms"]),
+                cell(row["host_us"], ".0f"),
                 "-" if base is None else f"{row['median_ms'] / base['median_ms']:.2f}",
                 "-" if row["floor_ms"] is None else f"{row['floor_ms'] / row['median_ms']:.1%}",
                 cell(row["peak_mb"], ".0f"),

@@ -22,6 +22,7 @@ from torch import Tensor
 Call = Callable[[Tensor], Any]
 
 MEBIBYTE = 2**20
+_MOST_HOST_CALLS = 50  # of a burst: the host's time varies little
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,24 @@ class Budget:
 
 @dataclass
 class Sample:
-    """Measurements of one call: `latencies` in ms, and `streamed` back-to-back calls in `streaming` ms."""
+    """Measurements of one call: `latencies` in ms, and `streamed` back-to-back calls in `streaming` ms.
+
+    `host` has, on a GPU, what calls took the host in µs.
+    """
 
     latencies: list[float] = field(default_factory=list)
     streaming: float = 0.0
     streamed: int = 0
+    host: list[float] = field(default_factory=list)
 
     def percentile(self, q: float) -> float:
         """Return the `q`-th percentile of the latencies in ms, linearly interpolated."""
         return float(np.percentile(self.latencies, q))
+
+    @property
+    def host_us(self) -> float | None:
+        """The median time in µs until a call returns that finds nothing queued on the GPU; None on a CPU."""
+        return float(np.median(self.host)) if self.host else None
 
     @property
     def back_to_back(self) -> float:
@@ -93,6 +103,14 @@ def latency_ms(call: Call, value: Tensor) -> float:
     return start.elapsed_time(end)
 
 
+def host_us(call: Call, value: Tensor) -> float:
+    """Time one call on a GPU by the wall clock until it returns, in µs; nothing is queued before it."""
+    synchronize(value.device)
+    begin = time.perf_counter()
+    call(value)
+    return (time.perf_counter() - begin) * 1e6
+
+
 def streaming_ms(call: Call, values: Iterator[Tensor], calls: int, device: torch.device) -> float:
     """Time `calls` calls that follow each other without a wait, in ms for all of them."""
     if device.type != "cuda":
@@ -123,6 +141,9 @@ def interleaved(
             sample, share = samples[name], budget.seconds / budget.rounds
             for _ in range(_count(share, once, budget.least)):
                 sample.latencies.append(latency_ms(call, next(rotation[name])))
+            if device.type == "cuda":
+                most = min(_MOST_HOST_CALLS, _count(0.3 * share, once, budget.least))
+                sample.host += [host_us(call, next(rotation[name])) for _ in range(most)]
             streamed = _count(0.3 * share, once, budget.least)
             sample.streaming += streaming_ms(call, rotation[name], streamed, device)
             sample.streamed += streamed

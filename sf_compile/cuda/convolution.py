@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sf_compile.cuda import first_conv, halo_conv, last_conv, mma_conv, packing, tf32
+from sf_compile import tf32
+from sf_compile.cuda import first_conv, halo_conv, last_conv, mma_conv, packing
 from sf_compile.cuda.compiler import usable_or_warn
 from sf_compile.cuda.layout import dense_channels, is_channels_last
 from sf_compile.cuda.normalization import apply, converts, normalize, usable

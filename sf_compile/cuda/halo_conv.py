@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sf_compile.cuda import activation, hopper, tf32
+from sf_compile import tf32
+from sf_compile.cuda import activation, hopper
 from sf_compile.cuda.launcher import Kernel, load
 from sf_compile.cuda.layout import PADS, is_channels_last, multiprocessors, pointer
 from sf_compile.cuda.packing import packed

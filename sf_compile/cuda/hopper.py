@@ -14,7 +14,7 @@ from collections.abc import Container
 import torch
 from torch import Tensor
 
-from sf_compile.cuda import tf32
+from sf_compile import tf32
 from sf_compile.cuda.compiler import usable_or_warn
 from sf_compile.cuda.layout import dense_channels, image_stride, parameter_dtype, pointer
 from sf_compile.cuda.workspace import zeroed

@@ -47,6 +47,11 @@ _packed = WeakTensorKeyDictionary()
 _lock = threading.RLock()
 
 
+def paused() -> threading.RLock:
+    """What to hold, by ``with``, while no other thread may renew a copy: that waits for the whole device."""
+    return _lock
+
+
 def packed(weight: Tensor, form: str, pack: Callable[[Tensor], Tensor]) -> Packed:
     """``pack(weight)``, from a copy made earlier in the same ``form`` if the weight is still the same.
 

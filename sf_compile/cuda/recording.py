@@ -7,6 +7,7 @@ returns, memory that lived within the call (which gets a place in an arena), or 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from sf_compile.cuda.arena import Arena, Lifetime, plan
 from sf_compile.cuda.launcher import Addresses, Kernel
-from sf_compile.cuda.recorder import Allocation, Recorder, extent, version
+from sf_compile.cuda.recorder import Allocation, Recorder, extent
 from sf_compile.cuda.tensor_maps import TensorMap
+from sf_compile.runtime.unchanged import version_of
 
 
 class NotReplayable(Exception):
@@ -88,7 +90,17 @@ class Recording:
 
     def holds(self) -> bool:
         """Whether nothing was written to the constants since: packed weights are renewed where they are."""
-        return tuple(map(version, self.constants)) == self.versions
+        tensors, versions = self._counted
+        return list(map(version_of, tensors)) == versions
+
+    @functools.cached_property
+    def _counted(self) -> tuple[list[Tensor], list[int]]:
+        """The constants whose versions count, each once, and these versions; asked for in every call."""
+        pairs = {
+            (id(x), number): x for x, number in zip(self.constants, self.versions, strict=True)
+            if not x.is_inference()
+        }  # fmt: skip
+        return list(pairs.values()), [number for _, number in pairs]
 
 
 class _Range(NamedTuple):

@@ -20,17 +20,16 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from sf_compile.cuda import tf32
+from sf_compile import tf32
 from sf_compile.cuda.recorder import Recorder
 from sf_compile.cuda.recording import NotReplayable, Recording, resolve
 from sf_compile.cuda.replay import Replay
 from sf_compile.ops.library import CUDA
+from sf_compile.runtime.unchanged import Unchanged
 
 _MOST_KINDS = 8
 _MOST_ATTEMPTS = 2  # at a recording; another thread may have done what made the first one fail
 _NUMBERS = (int, float, bool)
-_address = Tensor.data_ptr
-_version = operator.attrgetter("_version")
 _log = logging.getLogger(__name__)
 
 
@@ -51,9 +50,7 @@ class _Kind:
     """
 
     def __init__(self, parameters: Sequence[Tensor], forget: Any) -> None:
-        self.identities = list(map(id, parameters))
-        self.addresses = list(map(_address, parameters))
-        self.versions = list(map(_version, parameters))
+        self.parameters = Unchanged(parameters)
         self.references = [weakref.ref(p, forget) for p in parameters]
         self.attempts = 0
         self.prepared = False  # the first call has returned
@@ -63,12 +60,7 @@ class _Kind:
 
     def holds_for(self, parameters: Sequence[Tensor]) -> bool:
         """Whether ``parameters`` are still those of the first call."""
-        return (
-            list(map(id, parameters)) == self.identities
-            and list(map(_address, parameters)) == self.addresses
-            and list(map(_version, parameters)) == self.versions
-            and (self.recording is None or self.recording.holds())
-        )
+        return self.parameters.holds_for(parameters) and (self.recording is None or self.recording.holds())
 
 
 class _Implementations(fx.Interpreter):
@@ -95,6 +87,7 @@ class Repeated:
 
     def __init__(self, inner: fx.GraphModule) -> None:
         self._inner = inner
+        self._ops = getattr(inner, "forward", inner)  # a module's call looks for hooks, and prints its errors
         self._positions: dict[tuple[type, ...], _Positions | None] = {}
         self._kinds: OrderedDict[tuple[Any, ...], _Kind] = OrderedDict()
         self._lock = threading.RLock()
@@ -111,33 +104,35 @@ class Repeated:
         except KeyError:
             positions = self._positions[types] = _positions(types)
         if positions is None or watched():
-            return self._inner(*inputs)
+            return self._ops(*inputs)
         parameters, tensors = positions.parameters(inputs), positions.tensors(inputs)
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors + parameters):
-            return self._inner(*inputs)
+            return self._ops(*inputs)
         device = (tensors or parameters)[0].device
-        if any(x.device != device for x in tensors):
-            return self._inner(*inputs)
+        if len(tensors) > 1 and any(x.device != device for x in tensors):
+            return self._ops(*inputs)
         if torch._C._cuda_getDevice() != device.index:
             with torch.cuda.device(device.index):
                 return self(*inputs)
         if torch.cuda.is_current_stream_capturing():
-            return self._inner(*inputs)
+            return self._ops(*inputs)
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         key = (
-            positions, stream, tf32.allowed("auto"), positions.numbers(inputs),
+            # Models may share a compiled graph, whose parameters then take turns: the first one tells them.
+            positions, stream, id(parameters[0]) if parameters else 0, tf32.allowed("auto"),
+            positions.numbers(inputs),
             *((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16, x.is_neg()) for x in tensors),
         )  # fmt: skip
         kind = self._kind(key, parameters)
         if kind is None or kind.attempts >= _MOST_ATTEMPTS:
-            return self._inner(*inputs)
+            return self._ops(*inputs)
         if not kind.prepared:
-            results = self._inner(*inputs)
+            results = self._ops(*inputs)
             kind.prepared = True
             return results
         if kind.recording is None:
             if not kind.recording_now.acquire(blocking=False):
-                return self._inner(*inputs)
+                return self._ops(*inputs)
             try:
                 return self._record(kind, inputs, tensors, parameters)
             finally:

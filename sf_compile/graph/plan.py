@@ -20,6 +20,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from sf_compile import tf32
 from sf_compile.graph.normalize import NormalizedGraph, value_of
 from sf_compile.graph.sites import Match, Matches
 from sf_compile.options import Options
@@ -109,16 +110,9 @@ def prefers_channels_last(value: torch.Tensor, options: Options, dtype: torch.dt
         return True
     if dtype in (torch.float16, torch.bfloat16):
         return True
-    if dtype == torch.float32 and value.device.type == "cuda" and _may_use_tf32(options):
+    if dtype == torch.float32 and value.device.type == "cuda" and tf32.allowed(options.precision):
         return True
     return not statically_known_true(value.stride(3) == 1) and statically_known_true(value.stride(1) == 1)
-
-
-def _may_use_tf32(options: Options) -> bool:
-    """Whether float32 convolutions are to use TF32, as far as can be said while compiling."""
-    if options.precision != "auto":
-        return options.precision == "tf32"
-    return bool(torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32")
 
 
 class _Planner:

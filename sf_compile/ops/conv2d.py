@@ -269,7 +269,7 @@ def _backward(
     grad_kept: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Recomputes the padded input (cheap) rather than keeping it; the convolution runs only backwards."""
-    from sf_compile.cuda import tf32
+    from sf_compile import tf32
 
     *tensors, output, output_mean = ctx.saved_tensors
     remaining = iter(tensors)

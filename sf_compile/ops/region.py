@@ -19,7 +19,7 @@ def runner(inner: fx.GraphModule) -> Callable[..., Any]:
     def run(*inputs: Any) -> Any:
         nonlocal on_cuda
         if not next((x.is_cuda for x in inputs if isinstance(x, Tensor)), False):
-            return inner(*inputs)
+            return inner.forward(*inputs)
         if on_cuda is None:
             from sf_compile.cuda.repeated import Repeated
 

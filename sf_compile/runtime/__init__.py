@@ -1,0 +1,1 @@
+"""What happens at a call beside computing: CUDA graphs, and what an error says."""
