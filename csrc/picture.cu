@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(256) picture_to_float(
     for (int c = 0; c < 3; c++, to += plane) {
       const float four[4] = {values[c], values[3 + c], values[6 + c], values[9 + c]};
       if (vectors) {
-        store<4>(to, from_floats<4>(four));
+        store(to, from_floats(four));
       } else {
 #pragma unroll
         for (int p = 0; p < 4; p++)
@@ -72,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(256) picture_to_float(
 #pragma unroll
       for (int i = 0; i < 3; i++) {
         const float four[4] = {values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3]};
-        store<4>(to + 4 * i, from_floats<4>(four));
+        store(to + 4 * i, from_floats(four));
       }
     } else {
 #pragma unroll

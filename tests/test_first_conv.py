@@ -351,7 +351,7 @@ class TestKernel:
     ):
         margin, buffers = 65536, []
 
-        def poisoned(shape, like, channels_last):
+        def poisoned(shape, like, channels_last, dtype=None):
             n, c, h, w = shape
             elements = margin + n * c * h * w + margin
             buffers.append(torch.full((elements,), float("nan"), dtype=like.dtype, device="cuda"))

@@ -413,7 +413,7 @@ def test_the_same_bits_on_every_run(dtype):
 def test_nothing_is_written_outside_the_picture(channels, dtype, monkeypatch):
     surroundings = []
 
-    def amid_sevens(shape, like, channels_last):
+    def amid_sevens(shape, like, channels_last, dtype=None):
         count = torch.Size(shape).numel()
         memory = torch.full((count + 2 * 4096,), 7.0, dtype=like.dtype, device=like.device)
         surroundings.append(torch.cat((memory[:4096], memory[-4096:])))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sf_compile import explain, tf32
 from sf_compile.backend import styleforge
+from sf_compile.bench.checks import run_in_tf32
 from sf_compile.cuda import convolution, first_conv, last_conv, normalization, repeated
 from sf_compile.cuda.recorder import Recorder
 from sf_compile.models import TransformerNet
@@ -190,7 +191,7 @@ def test_normalize_writes_another_dtype(layout, channels_last, dtype, written, m
     vectors = [torch.rand(24, device="cuda") + 0.5 for _ in range(4)]
     norm = Norm(*vectors, 1e-5, "relu")
     for other in (None, residual, residual.to(written)):
-        got = normalization.normalize(x.to(dtype), norm, other, channels_last, *moves, written)
+        got = normalization.normalize(x.to(dtype), norm, other, channels_last, *moves, dtype=written)
         z = reference.normalize(x.to(dtype).double(), *norm, None if other is None else other.double())
         exact = reference.moved(z, *moves)
         assert got.dtype == written
@@ -205,8 +206,12 @@ def test_every_precision_of_a_model_of_every_dtype(precision, dtype, shape):
     fast = compiled(model, precision)
     with torch.no_grad():
         eager, exact = model(x), eager_in(model, x, torch.float64)
-        with torch.backends.cudnn.flags(allow_tf32=precision != "fp32"):
-            like = eager_in(model, x, storage(precision, dtype)).to(dtype)
+        kept = storage(precision, dtype)
+        if kept == torch.float32 and precision != "fp32":
+            like = run_in_tf32(copy.deepcopy(model).float(), x.float()).to(dtype)
+        else:
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                like = eager_in(model, x, kept).to(dtype)
         for _ in range(4):  # as it is, recorded, replayed
             out = fast(x)
             assert (out.dtype, out.stride()) == (dtype, eager.stride())

@@ -160,7 +160,7 @@ class _Writer:
     def convert(self, producer: Decision, kept: fx.Node, channels_last: bool) -> None:
         """Let the readers of a finished tensor that know nothing of how it is kept read it in their dtype."""
         old = producer.site.output
-        asked = (kept, None, None, None, None, 1.0, "none", None, channels_last, *_STAY, producer.dtype)
+        asked = (kept, None, None, None, None, 1.0, "none", None, channels_last, *_STAY, None, producer.dtype)
         copy = self.call("normalize", asked)
         copy.meta.update(old.meta)
         self.copies[old] = copy

@@ -292,7 +292,7 @@ def _backward(
         grad, weight, z = grad.to(a.dtype), a.weight.to(a.dtype), a.input.to(a.dtype)
         if a.normalizes:
             z = torch.ops.styleforge.normalize.default(
-                a.input, *a.norm, a.residual, a.channels_last, 1, [0, 0, 0, 0], "zeros", a.dtype
+                a.input, *a.norm, a.residual, a.channels_last, 1, [0, 0, 0, 0], "zeros", None, a.dtype
             )
         padding, sizes, output_sizes = list(a.padding), [0, 0], [0, 0]
         if a.transposed:
