@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sf_compile.cli import doctor, main
+from sf_compile.cpu import building
 from sf_compile.cuda import cache, compiler
 
 REASON = 'the NVRTC library is missing (not found), so nothing can be compiled. Fix: pip install "nvrtc"'
@@ -19,6 +20,8 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(compiler, "available", lambda: None)
     monkeypatch.setattr(compiler, "nvrtc_version", lambda: (13, 0))
     monkeypatch.setattr(compiler, "source_directory", lambda: sources)
+    monkeypatch.setattr(building, "source_directory", lambda: sources)
+    monkeypatch.setattr(building, "missing", lambda: None)
     monkeypatch.setattr(torch._dynamo, "list_backends", lambda: ["inductor", "styleforge"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -61,8 +64,23 @@ def sick(capsys, name, fix):
 def test_a_machine_without_a_gpu_is_fine(machine, capsys):
     out = healthy(capsys)
     assert "none (not needed: the CPU runs everything)" in out
-    assert "cpu  fused graph on PyTorch's own kernels" in out
+    assert "cpu  fused C++ kernels around oneDNN's convolutions" in out
     assert "cuda:0" not in out
+
+
+def test_cpu_kernels_that_cannot_be_built_are_said_and_are_no_fault(machine, capsys):
+    machine.setattr(building, "missing", lambda: "there is no ninja. Fix: pip install ninja")
+    out = healthy(capsys)
+    assert "none (not needed): there is no ninja; for faster ones: pip install ninja" in out
+    assert "cpu  fused graph on PyTorch's own kernels" in out
+
+
+def test_cpu_kernels_that_are_built_are_found(machine, capsys):
+    assert "can be built at first use" in healthy(capsys)
+    path = building.place()
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert f"built, {path}" in healthy(capsys)
 
 
 def test_a_gpu_gets_kernels_for_its_architecture(gpu, capsys):

@@ -45,6 +45,7 @@ PARTS = {
         "sf_compile.backend",
         "sf_compile.report",
     ),
+    "sf_compile.cpu": ("sf_compile.graph", "sf_compile.options", "sf_compile.backend", "sf_compile.report"),
     "sf_compile.models": ("sf_compile.graph", "sf_compile.ops", "sf_compile.cuda", "sf_compile.backend"),
     "sf_compile.options": ("sf_compile.",),
     "sf_compile.pipeline": ("sf_compile.graph", "sf_compile.cuda", "sf_compile.backend", "sf_compile.cli"),
@@ -165,9 +166,9 @@ def test_the_wheel_holds_the_package_the_kernels_and_the_entry_points(wheel):
         text = archive.read(points).decode()
         (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
         described = archive.read(metadata).decode()
-    kernels = [*(ROOT / "csrc").glob("*.cu"), *(ROOT / "csrc").glob("*.cuh")]
-    assert len(kernels) > 1
-    assert {f"sf_compile/csrc/{path.name}" for path in kernels} <= names
+    kernels = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".cpp", ".h")]
+    assert {path.suffix for path in kernels} == {".cu", ".cuh", ".cpp", ".h"}
+    assert {f"sf_compile/{path.relative_to(ROOT)}" for path in kernels} <= names
     assert {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")} <= names
     assert not [name for name in names if "tests" in name or name.endswith((".pyc", ".pth", ".pt", ".png"))]
     parser = configparser.ConfigParser()

@@ -32,7 +32,7 @@ from sf_compile.bench.work import Size, parse_sizes, transformer_net_flop
 from sf_compile.models import CheckpointError, TensorFlowTransformNet, TransformerNet, load_checkpoint
 
 GPU_SIZES = parse_sizes("512x512,1080x1920,2160x3840,8x512x512")
-CPU_SIZES = parse_sizes("128x128,256x256")
+CPU_SIZES = parse_sizes("128x128,384x384")
 SEED = 0
 ROTATING_INPUTS = 4
 

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import os
+import platform
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-ENVIRONMENT_KEYS = ("run", "date", "device", "gpu", "driver", "torch", "cuda", "commit")
+ENVIRONMENT_KEYS = ("run", "date", "device", "gpu", "driver", "torch", "cuda", "commit", "cpu", "threads")
 NETWORK_KEYS = (
     *ENVIRONMENT_KEYS,
     *("network", "network_width", "blocks", "checkpoint", "batch", "height", "width", "dtype"),
@@ -61,7 +62,8 @@ class BenchmarkError(Exception):
 class Environment:
     """Where and with what a run was made; the same for all rows of a process.
 
-    `gpu`, `driver` and `cuda` are None on a CPU, `commit` is None where it cannot be found.
+    `gpu`, `driver` and `cuda` are None on a CPU, `cpu` (its name and vectors) and `threads` on a GPU;
+    `commit` is None where it cannot be found.
     """
 
     run: str
@@ -72,6 +74,8 @@ class Environment:
     torch: str
     cuda: str | None
     commit: str | None
+    cpu: str | None
+    threads: int | None
 
 
 def environment_of(device: torch.device) -> Environment:
@@ -86,7 +90,18 @@ def environment_of(device: torch.device) -> Environment:
         torch=torch.__version__,
         cuda=torch.version.cuda if on_gpu else None,
         commit=commit(),
+        cpu=None if on_gpu else _cpu_name(),
+        threads=None if on_gpu else torch.get_num_threads(),
     )
+
+
+def _cpu_name() -> str:
+    """Return the CPU's name as Linux has it, and the widest vectors that PyTorch uses on it."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def commit() -> str | None:

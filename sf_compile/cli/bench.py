@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sizes",
         type=_sizes,
         help="pictures as HEIGHTxWIDTH or BATCHxHEIGHTxWIDTH, separated by commas, for example "
-        "512x512,8x1080x1920 (default: 512x512, 1080x1920, 2160x3840 and more; small ones on a CPU)",
+        "512x512,8x1080x1920 (default: 512x512, 1080x1920, 2160x3840 and more; on a CPU 128x128, 384x384)",
     )
     parser.add_argument(
         "--dtypes",

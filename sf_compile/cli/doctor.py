@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import platform
 import re
-import shutil
 import subprocess
 import tempfile
 import warnings
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sf_compile.cpu import building
 from sf_compile.cuda import cache, compiler
 
 DESCRIPTION = (
@@ -127,14 +127,28 @@ def find_compiler(needed: bool) -> list[Finding]:
         sources = Finding("kernel sources", f"{count} in {folder}", None if count else INSTALL)
     except FileNotFoundError as error:
         sources = Finding("kernel sources", str(error), INSTALL)
-    cpp = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     return [
         Finding("cuda-bindings", _version("cuda-bindings") or "none"),
         nvrtc,
         Finding("CUDA headers", "not needed: the kernels include none"),
         sources,
-        Finding("C++ compiler", f"{cpp or 'none'} (not needed)"),
+        find_cpu_kernels(),
     ]
+
+
+def find_cpu_kernels() -> Finding:
+    """Whether the C++ kernels of the CPU are built or can be; without them PyTorch runs the fused graph."""
+    reason = building.missing()
+    if reason is not None:
+        what, _, fix = reason.partition(". Fix: ")
+        return Finding("CPU kernels", f"none (not needed): {what}; for faster ones: {fix}")
+    try:
+        path = building.place()
+    except OSError as error:
+        return Finding("CPU kernels", f"none (not needed): {error}")
+    if path is not None and path.is_file():
+        return Finding("CPU kernels", f"built, {path}")
+    return Finding("CPU kernels", f"can be built at first use, with {building.compiler()} (some 20 s)")
 
 
 def compiler_fix(reason: str) -> str:
@@ -187,7 +201,8 @@ def what_runs(gpus: Sequence[Gpu]) -> list[tuple[str, str]]:
     for index, gpu in enumerate(gpus):
         fused = gpu.arch is not None and compiler.available() is None
         rows.append((f"cuda:{index}", f"fused kernels, compiled for {gpu.arch}" if fused else composed))
-    return [*rows, ("cpu", composed)]
+    kernels = "fused C++ kernels around oneDNN's convolutions" if building.missing() is None else composed
+    return [*rows, ("cpu", kernels)]
 
 
 def _gpu(index: int) -> Gpu:

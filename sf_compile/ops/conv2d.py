@@ -219,9 +219,13 @@ def composed(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from sf_compile.cpu import convolution, kernels
+
     a = Arguments(*arguments)
     check(a)
-    return composed(a)
+    tensors = (a.weight, a.bias, a.residual)
+    dtypes = {a.dtype, a.output_dtype, a.input.dtype, *(t.dtype for t in tensors if t is not None)}
+    return convolution.conv2d(a) if len(dtypes) == 1 and kernels.take(a.input) else composed(a)
 
 
 def _cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

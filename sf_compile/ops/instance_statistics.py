@@ -33,8 +33,10 @@ def statistics_gradient(
 
 
 def _cpu(input: Tensor) -> tuple[Tensor, Tensor]:
+    from sf_compile.cpu import kernels
+
     check_image("instance_statistics", input)
-    return reference.statistics(input)
+    return kernels.statistics(input) if kernels.take(input) else reference.statistics(input)
 
 
 def _cuda(input: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """What every ``styleforge`` op computes, in plain PyTorch.
 
-This is the CPU implementation, the oracle of the tests, and what runs on a GPU when no kernel can
-be compiled. Sixteen-bit pictures are normalised in float32 and rounded once, at the end.
+This is the oracle of the tests, and what runs where no kernel can be compiled (on a CPU also for float16
+and float64). Sixteen-bit pictures are normalised in float32 and rounded once, at the end.
 
     statistics   mean[n, c], variance[n, c] = E[x], E[(x - mean)^2] over the pixels of one channel
     norm_statistics   those of groups of channels, unbiased, and with an eps beside the root

@@ -1,0 +1,5 @@
+"""The ops on a CPU: C++ kernels around oneDNN's convolutions, built at first use by a C++ compiler.
+
+``building`` makes and finds the library, ``kernels`` calls what is in it, ``convolution`` is ``conv2d``.
+Where there is no library, or for a tensor that it does not take, ``sf_compile.ops.reference`` runs.
+"""

@@ -1,0 +1,252 @@
+"""What is in the library of ``building``, as functions of tensors, float32 or bfloat16, of any strides."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from ctypes import c_double, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sf_compile.activations import parse
+from sf_compile.cpu import building
+from sf_compile.ops import reference
+from sf_compile.ops.library import empty_image
+from sf_compile.ops.normalize import Norm
+
+DIRECT, SUBPIXEL, COLUMNS, WINOGRAD = range(4)
+"""The forms of a convolution: csrc/cpu/assemble.cpp finishes the first three, winograd.cpp is the last."""
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_MODES = {"zeros": 0, "reflect": 1, "replicate": 2}
+_FUNCTIONS = {
+    "none": 0, "relu": 1, "leaky_relu": 2, "hardtanh": 3, "clamp": 3, "tanh": 4, "sigmoid": 5, "silu": 6,
+    "gelu": 7, "gelu_tanh": 8, "elu": 9,
+}  # fmt: skip
+
+
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
+class _Activation(ctypes.Structure):
+    _fields_ = (
+        ("function", c_int64), ("parameters", c_double * 2), ("scale", c_double), ("offset", c_double),
+    )  # fmt: skip
+
+
+# The arguments of each kernel: structs of the same names in csrc/cpu.
+class _Statistics(ctypes.Structure):
+    _fields_ = (
+        *_fields(c_void_p, "input mean variance"),
+        *_fields(c_int64, "dtype planar images channels pixels image_stride stride"),
+    )
+
+
+class _Finish(ctypes.Structure):
+    _fields_ = (
+        *_fields(c_void_p, "input residual output kept mean variance weight bias"),
+        *_fields(c_int64, "mean_stride weight_stride bias_stride dtype output_dtype planar"),
+        *_fields(c_int64, "images channels height width"),
+        *_fields(c_int64 * 3, "input_strides residual_strides"),
+        *_fields(c_int64, "upsample left right top bottom mode"),
+        ("eps", c_double), ("activation", _Activation),
+    )  # fmt: skip
+
+
+class _Assemble(ctypes.Structure):
+    _fields_ = (
+        *_fields(c_void_p, "input output bias mean variance"),
+        *_fields(c_int64, "dtype output_dtype form columns images channels height width"),
+        ("activation", _Activation),
+    )
+
+
+class _Winograd(ctypes.Structure):
+    _fields_ = (
+        *_fields(c_void_p, "input output weights bias mean variance"),
+        *_fields(c_int64, "output_dtype images channels out_channels height width"),
+        ("activation", _Activation),
+    )
+
+
+@functools.cache
+def _function(name: str, structure: type[ctypes.Structure]) -> Callable[..., None]:
+    library = building.library()
+    assert library is not None
+    size = getattr(library, f"styleforge_{name}_size")
+    size.restype = c_int64
+    assert size() == ctypes.sizeof(structure), f"{name}: the library and its caller differ"
+    function = getattr(library, f"styleforge_{name}")
+    function.argtypes, function.restype = (ctypes.POINTER(structure),), None
+    return function
+
+
+def take(x: Tensor) -> bool:
+    """Whether the kernels are there and take such a picture; builds them at the first one."""
+    # Autocast would hand the convolutions in between another dtype.
+    known = x.dtype in _DTYPES and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
+    return known and building.library() is not None
+
+
+@functools.lru_cache(maxsize=256)
+def _activation(text: str) -> _Activation:
+    found = parse(text)
+    parameters = (c_double * 2)(*found.parameters)
+    return _Activation(_FUNCTIONS[found.function], parameters, found.scale, found.offset)
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _vector(vector: Tensor | None) -> Tensor | None:
+    """(C,) or (N, C) in float32, dense."""
+    if vector is None or (vector.dtype is torch.float32 and vector.is_contiguous()):
+        return vector
+    return vector.detach().to(torch.float32).contiguous()
+
+
+def _step(vector: Tensor | None) -> int:
+    """From image to image."""
+    return 0 if vector is None or vector.dim() == 1 else vector.shape[1]
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a pixel lie beside each other, whatever the other strides."""
+    return x.stride(1) == 1 or x.shape[1] == 1
+
+
+def is_planar(x: Tensor) -> bool:
+    """Whether the pixels of a row of one channel lie beside each other, whatever the other strides."""
+    return x.stride(3) == 1 or x.shape[3] == 1
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (N, C) over the pixels of every (image, channel) of (N, C, H, W)."""
+    n, c, h, w = x.shape
+    step = x.stride(3) if w > 1 else x.stride(2) if h > 1 else 1
+    if (h > 1 and w > 1 and x.stride(2) != w * step) or not (step == 1 or is_channels_last(x)):
+        return statistics(x.contiguous())
+    planar = step == 1
+    mean, variance = (torch.empty((n, c), dtype=torch.float32) for _ in range(2))
+    _function("statistics", _Statistics)(
+        _Statistics(
+            x.data_ptr(), mean.data_ptr(), variance.data_ptr(), _DTYPES[x.dtype], planar, n, c, h * w,
+            x.stride(0), x.stride(1) if planar else step,
+        )
+    )  # fmt: skip
+    return mean, variance
+
+
+def finish(
+    x: Tensor,
+    norm: Norm,
+    residual: Tensor | None,
+    channels_last: bool,
+    *,
+    upsample: int = 1,
+    padding: Sequence[int] = (0, 0, 0, 0),
+    padding_mode: str = "zeros",
+    dtype: torch.dtype | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The finished picture, upsampled and padded, in a layout and a dtype (by default its own); and as it is.
+
+    A bfloat16 picture may be wanted in float32: it is then not rounded. The finished picture itself is in the
+    dtype of ``x``, and only returned if it is to be kept.
+    """
+    n, c, h, w = x.shape
+    dtype = x.dtype if dtype is None else dtype
+    left, right, top, bottom = padding
+    fits = is_channels_last if channels_last else is_planar
+    x = x if fits(x) else reference.layout(x, channels_last)
+    if residual is not None and not fits(residual):
+        residual = reference.layout(residual, channels_last)
+    vectors = [_vector(vector) for vector in norm[:4]]
+    steps = map(_step, (norm.mean, norm.weight, norm.bias))
+    shape = n, c, h * upsample + top + bottom, w * upsample + left + right
+    output = torch.empty(
+        shape, dtype=dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
+    same = dtype == x.dtype and upsample == 1 and not any(padding)
+    kept = empty_image(x.shape, x, channels_last) if keep and not same else None
+    axes = (0, 2, 3) if channels_last else (0, 1, 2)
+    strides = c_int64 * 3
+    _function("finish", _Finish)(
+        _Finish(
+            x.data_ptr(), _pointer(residual), output.data_ptr(), _pointer(kept), *map(_pointer, vectors),
+            *steps, _DTYPES[x.dtype], _DTYPES[dtype], not channels_last, n, c, h, w,
+            strides(*(x.stride(i) for i in axes)),
+            strides(*(0 if residual is None else residual.stride(i) for i in axes)),
+            upsample, left, right, top, bottom, _MODES[padding_mode], norm.eps, _activation(norm.activation),
+        )
+    )  # fmt: skip
+    return output, output if keep and same else kept
+
+
+def assemble(
+    result: Tensor, form: int, shape: Sequence[int], bias: Tensor | None, activation: str, dtype: torch.dtype,
+    want_statistics: bool, columns: int = 1,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """What a convolution in one of the forms stands for, (N, O, H, W) of ``shape``, and its statistics.
+
+    ``result`` is channels_last and dense; where it can be, it is written to.
+    """
+    n, c, h, w = shape
+    bias = _vector(bias)
+    if form == DIRECT and result.dtype == dtype:
+        output = result
+    else:
+        output = torch.empty(tuple(shape), dtype=dtype, memory_format=torch.channels_last)
+    mean = variance = None
+    if want_statistics:
+        mean, variance = (torch.empty((n, c), dtype=torch.float32) for _ in range(2))
+    _function("assemble", _Assemble)(
+        _Assemble(
+            result.data_ptr(), output.data_ptr(), _pointer(bias), _pointer(mean), _pointer(variance),
+            _DTYPES[result.dtype], _DTYPES[dtype], form, columns, n, c, h, w, _activation(activation),
+        )
+    )  # fmt: skip
+    return output, mean, variance
+
+
+WINOGRAD_CHANNELS = 16
+"""What the channels of ``winograd`` are multiples of."""
+
+
+def winograd_weights(weight: Tensor) -> Tensor:
+    """(O, C, 3, 3) as ``winograd`` wants it: (16, O / 16, C, 16), with O rounded up to a multiple of 32."""
+    o, c = weight.shape[:2]
+    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+    transformed = torch.einsum("ij,ocjk,lk->iloc", g, weight.double(), g).reshape(16, o, c)
+    rows = transformed.new_zeros((16, -(-o // 32) * 32, c))
+    rows[:, :o] = transformed
+    return rows.unflatten(1, (-1, WINOGRAD_CHANNELS)).transpose(2, 3).to(torch.float32).contiguous()
+
+
+def winograd(
+    padded: Tensor, weights: Tensor, out_channels: int, bias: Tensor | None, activation: str,
+    dtype: torch.dtype, want_statistics: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """The 3x3 convolution of a finished picture (N, C, H + 2, W + 2), and its statistics.
+
+    The picture is float32, dense in channels_last, and ``weights`` are ``winograd_weights``.
+    """
+    n, c, h, w = padded.shape
+    shape = n, out_channels, h - 2, w - 2
+    bias = _vector(bias)
+    output = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    mean = variance = None
+    if want_statistics:
+        mean, variance = (torch.empty(shape[:2], dtype=torch.float32) for _ in range(2))
+    _function("winograd", _Winograd)(
+        _Winograd(
+            padded.data_ptr(), output.data_ptr(), weights.data_ptr(), _pointer(bias), _pointer(mean),
+            _pointer(variance), _DTYPES[dtype], n, c, *shape[1:], _activation(activation),
+        )
+    )  # fmt: skip
+    return output, mean, variance
