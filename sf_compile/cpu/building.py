@@ -227,7 +227,7 @@ def _held(path: Path) -> Iterator[None]:
 def _build(path: Path | None) -> ctypes.CDLL:
     """Compile, load and keep at ``path``, unless that is None."""
     begin = time.perf_counter()
-    _log.info("Building the CPU kernels (once for this version of PyTorch; 10 to 40 s).")
+    _log.info("Building the CPU kernels (once for this version of PyTorch; some 20 s).")
     folder = Path(tempfile.mkdtemp(prefix=".build-", dir=None if path is None else path.parent))
     try:
         built = _compiled(folder)
