@@ -128,7 +128,9 @@ def test_a_convolution_between_activations(text, device):
             strict=True,
         ):
             if ours.numel():  # nothing is kept of an input that is not changed
-                allowed = 1.25 * relative_error(eager, exact) + torch.finfo(dtype).eps
+                # A saturated picture has few pixels that err: in float32 the order of a sum shows.
+                units = 4 if dtype == torch.float32 else 1
+                allowed = 1.25 * relative_error(eager, exact) + units * torch.finfo(dtype).eps
                 assert relative_error(ours, exact) <= allowed, (dtype, channels_last)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import threading
 import time
 import traceback
@@ -67,12 +66,6 @@ class Copier:
         """End the threads."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def default_copy_threads() -> int:
-    """A quarter of the processors that this process may use, one to four."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(4, count // 4))
 
 
 class _Batch:

@@ -9,7 +9,7 @@ import torch
 
 from sf_compile.pipeline.conversion import Convention, Network
 from sf_compile.pipeline.lanes import Lanes
-from sf_compile.pipeline.stream import PictureStream, _State, default_copy_threads
+from sf_compile.pipeline.stream import PictureStream, _State
 from sf_compile.pipeline.timeline import Timeline
 
 
@@ -30,7 +30,8 @@ class StylizePipeline:
         depth: batches on their way at once, each with buffers of its own.
         copy: hand out arrays of their own. False: views of the pipeline's buffers, each valid until the next
             picture is asked for.
-        copy_threads: threads that copy one large picture into or out of a buffer; None: by the processors.
+        copy_threads: threads that copy one large picture into or out of a buffer. More than one wait for the
+            interpreter's lock more often than they are faster.
         check_finite: a result with NaN or infinity is a ``PictureError``; False: it is bytes 0 and 255.
         timeline: note when each step of each batch began and ended, for ``PictureStream.timeline``.
         device: of the network; None: where its weights are.
@@ -55,7 +56,7 @@ class StylizePipeline:
         max_latency_ms: float | None = None,
         depth: int = 4,
         copy: bool = True,
-        copy_threads: int | None = None,
+        copy_threads: int = 1,
         check_finite: bool = True,
         timeline: bool = False,
         device: torch.device | str | None = None,
@@ -69,7 +70,7 @@ class StylizePipeline:
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("depth", depth, 1),
-            ("copy_threads", 1 if copy_threads is None else copy_threads, 1),
+            ("copy_threads", copy_threads, 1),
             ("max_latency_ms", max_latency_ms or 0.0, 0),
         ):
             if not value >= least:
@@ -83,7 +84,7 @@ class StylizePipeline:
             "max_latency": None if max_latency_ms is None else max_latency_ms / 1e3,
             "depth": depth,
             "copy": copy,
-            "copy_threads": copy_threads or default_copy_threads(),
+            "copy_threads": copy_threads,
             "check_finite": check_finite,
         }
         self._timeline = timeline
