@@ -318,7 +318,8 @@ def test_refusals_of_every_kernel_of_the_family(monkeypatch):
     a = a._replace(input=OnGpu(x))
     assert hopper.refusal(a) is None
     for change, reason in (
-        ({"input": OnGpu(x.float())}, "torch.float32"),
+        ({"input": OnGpu(x.double())}, "torch.float64"),
+        ({"precision": "fp32"}, "TF32 is not allowed"),
         ({"input": OnGpu(x[:0])}, "empty"),
         ({"norm_weight": vector.half(), "norm_bias": vector}, "dtype of their own"),
         ({"norm_weight": vector.double()}, "dtype of their own"),

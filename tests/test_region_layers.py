@@ -38,7 +38,7 @@ def hopper_host(monkeypatch):
         kernel._shared_limit = hopper.SHARED_BYTES
         return kernel
 
-    def mapped(address, dtype, shape, box, step=1, spread=1):
+    def mapped(address, dtype, shape, box, step=1, spread=1, to_tf32=False):
         assert address % 16 == 0
         return stand_in_map(address)
 

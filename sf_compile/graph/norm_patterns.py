@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sf_compile.graph import spelling
 from sf_compile.graph.steps import Norm
-from sf_compile.graph.values import Miss, arguments_of, not_a_picture, value_of, whole_images
+from sf_compile.graph.values import AUTOCAST_DTYPES, Miss, arguments_of, not_a_picture, value_of, whole_images
 
 
 def instance_norm(node: fx.Node) -> Norm | Miss:
@@ -68,7 +69,9 @@ def _norm(
 ) -> Norm | Miss:
     if (miss := not_a_picture(node, what)) is not None:
         return miss
-    if value_of(node).dtype != value_of(input).dtype:
+    before, after = value_of(input).dtype, value_of(node).dtype
+    widens = before in AUTOCAST_DTYPES and after == torch.float32  # as autocast has some norms do
+    if before != after and not widens:
         return Miss(node.name, f"{what} that changes the dtype")
     return Norm(node, input, mean, variance, weight, bias, eps)
 

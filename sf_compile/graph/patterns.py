@@ -28,10 +28,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from sf_compile.activations import Activation
 from sf_compile.graph import spelling
 from sf_compile.graph.steps import Activate, Add, Affine, Conv, ConvTranspose, Pad, Upsample
-from sf_compile.graph.values import Miss, arguments_of, not_a_picture, value_of
+from sf_compile.graph.values import AUTOCAST_DTYPES, Miss, arguments_of, not_a_picture, value_of
 
-# What autocast has a convolution of mixed dtypes compute in; without autocast that is an error.
-_AUTOCAST = {torch.float16, torch.bfloat16}
 # Beyond 8, floor(i * (1 / factor)) in float32 has not been shown to equal i // factor.
 UPSAMPLE_FACTORS = (2, 3, 4, 5, 6, 7, 8)
 PADDING_MODES = {"reflect": "reflect", "replicate": "replicate", "constant": "zeros"}
@@ -150,7 +148,8 @@ def _operands(node: fx.Node, input: Any, weight: Any, bias: Any, stride: Any) ->
     if not all(isinstance(value_of(n), torch.Tensor) for n in (input, weight, bias) if n is not None):
         return Miss(node.name, "convolution of something without a recorded shape")
     dtypes = {value_of(n).dtype for n in (node, input, weight, bias) if n is not None}
-    if len(dtypes) > 1 and not (value_of(node).dtype in _AUTOCAST and dtypes <= _AUTOCAST | {torch.float32}):
+    by_autocast = value_of(node).dtype in AUTOCAST_DTYPES and dtypes <= AUTOCAST_DTYPES | {torch.float32}
+    if len(dtypes) > 1 and not by_autocast:
         mixed = ", ".join(sorted(map(str, dtypes)))
         return Miss(node.name, f"convolution that mixes dtypes: {mixed}")
     return None

@@ -11,6 +11,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEVICES = ("cpu", "cuda")
+# What autocast computes convolutions in, where float32 would mix with it.
+AUTOCAST_DTYPES = frozenset({torch.float16, torch.bfloat16})
 
 
 @dataclass(frozen=True)
