@@ -17,6 +17,11 @@
 #define COPIES 8
 #endif
 
+// Words from one sector of 32 bytes to the next: 4 where they are neighbours.
+#ifndef SECTOR_STRIDE
+#define SECTOR_STRIDE 4
+#endif
+
 // Zero before the first launch. After the tickets: the whole numbers and the fractions of the mean, then of the mean
 // square, of every (image, channel), COPIES times; then how many shares of it were not finite, and a count of what was
 // added.
@@ -24,12 +29,11 @@ struct SumsWorkspace {
   u32 tickets, arrivals, unused[2];  // arrivals: of blocks that wait for each other (csrc/residual_trunk.cu)
   u64 totals[1];
 
-  DEVICE u64* at(i64 channels, int copy, int part, i64 channel) {
-    return totals + (copy * 4 + part) * channels + channel;
-  }
-  DEVICE u64* not_finite(i64 channels, i64 channel) { return totals + COPIES * 4 * channels + channel; }
+  DEVICE u64* word(i64 i) { return totals + (SECTOR_STRIDE == 4 ? i : i / 4 * SECTOR_STRIDE + i % 4); }
+  DEVICE u64* at(i64 channels, int copy, int part, i64 channel) { return word((copy * 4 + part) * channels + channel); }
+  DEVICE u64* not_finite(i64 channels, i64 channel) { return word(COPIES * 4 * channels + channel); }
   // A count that goes with the channel, for `completes`.
-  DEVICE u32* count(i64 channels, i64 channel) { return (u32*)(totals + (COPIES * 4 + 1) * channels + channel); }
+  DEVICE u32* count(i64 channels, i64 channel) { return (u32*)word((COPIES * 4 + 1) * channels + channel); }
 };
 
 // The pixels of one channel that one thread has seen.

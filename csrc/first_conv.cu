@@ -253,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) first_conv(
   const u32 full = rows + SLOTS * PITCH, empty = full + 8 * SLOTS, weights_ready = empty + 8 * SLOTS;
   const u32 turn = weights_ready + 8;
   const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32, warpgroup = warp / 4;
+  const int warp = threadIdx.x / 32, warpgroup = of_warp(threadIdx.x >> 7);
   if (threadIdx.x == 0) {
     for (int i = 0; i < SLOTS; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 8);
     barrier_init(weights_ready, 1);
@@ -279,8 +279,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) first_conv(
     }
     __syncwarp();
     wait_for_previous();
-    pack_rows<IN_FLIGHT>(in, ring, share, warp - 8, FIRST_ROWS, FIRST_ROWS);
-    pack_rows<IN_FLIGHT>(in, ring, share, FIRST_ROWS + warp - 8, 4, 0x7fffffff);
+#pragma unroll 1  // one copy of these instructions: in a kernel that just began they come from the L2 cache
+    for (int more = 0; more < 2; more++)
+      pack_rows<IN_FLIGHT>(in, ring, share, more * FIRST_ROWS + warp - 8, more ? 4 : FIRST_ROWS,
+                           more ? 0x7fffffff : FIRST_ROWS);
     if (thread == 0) barrier_wait(weights_ready, 0);  // no exit with a copy under way
     return;
   }

@@ -45,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   const u32 barriers = affines + DEPTH * SLOT_CHANNELS * 8;
   const u32 raw = barriers, full = raw + 8 * SLOTS, empty = full + 8 * SLOTS, weights_full = empty + 8 * SLOTS;
   const u32 order = weights_full + 8 * DEPTH, counts = order + 8;
-  const int group = threadIdx.x >> 7, thread = threadIdx.x & 127, lane = threadIdx.x & 31, warp = thread >> 5;
+  const int group = of_warp(threadIdx.x >> 7), thread = threadIdx.x & 127, lane = threadIdx.x & 31, warp = thread >> 5;
   const int row_block = blockIdx.x % ROW_BLOCKS, worker = blockIdx.x / ROW_BLOCKS, workers = gridDim.x / ROW_BLOCKS;
   // Of one picture, tiles in turn with the other blocks: halos that neighbours share are in L2. Of several, a range of
   // tiles: another image has another norm, and statistics of its own to add up.
@@ -197,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
           affine[2 * i + 1] = {__uint_as_float(two.z), __uint_as_float(two.w)};
         }
         barrier_wait(raw + 8 * (use % SLOTS), use / SLOTS & 1);
-#pragma unroll
+#pragma unroll 1  // every instruction of a kernel that just began comes from the L2 cache
         for (int plane = 0; plane < PLANES; plane++) {
           const u32 offset = plane * PLANE_BYTES + thread * 16;
 #pragma unroll
@@ -372,7 +372,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       } else {
         // No warp may run ahead to the next tile's barriers, whose phases it could mistake.
         named_barrier(2 + group, 128);
-        const int quad = lane & 3, line = lane >> 2, out_y = tile.y * ZOOM + shift_y, out_x = tile.x * ZOOM + shift_x;
+        const int quad = lane & 3, line = lane >> 2;
+        // In each thread's own registers: the compiler would compare a warp's at once for all columns, and then spill.
+        const int out_y = of_thread(tile.y * ZOOM + shift_y, lane), out_x = of_thread(tile.x * ZOOM + shift_x, lane);
         // Of 16 bits a pixel's channels are brought together first; of 32 eight lanes have a whole sector of them.
         const int first_line = DTYPE == 0 ? 2 * quad : line, first_channel = DTYPE == 0 ? line : 2 * quad;
         element* to = out + channel0 + first_channel +

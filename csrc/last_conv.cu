@@ -338,7 +338,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) last_conv(
   extern __shared__ __align__(1024) unsigned char memory[];
   const Shared shared(shared_address(memory));
   const Geometry g = {images, height, width, out_height, out_width, top, left, pad};
-  const int group = threadIdx.x >> 7, thread = threadIdx.x & 127;
+  const int group = of_warp(threadIdx.x >> 7), thread = threadIdx.x & 127;
   if (threadIdx.x == 0) shared.init();
   __syncthreads();
   launch_dependents();

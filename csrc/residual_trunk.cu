@@ -17,6 +17,7 @@
 // Constants: DTYPE, PARAMETER, CHANNELS (64, 128), RELU (of x's norm), STAGES of the ring.
 #define MMA_N 128
 #define COPIES 1  // of the totals: a block has one tile, so few blocks add to them
+#define SECTOR_STRIDE 64  // all blocks add at once, and then all read: neighbours would wait for one part of the L2 cache
 #include "channel_sums.cuh"
 #include "hopper.cuh"
 #include "norm.cuh"
@@ -62,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   extern __shared__ __align__(1024) unsigned char shared[];
   const u32 base = shared_address(shared), ring = base + 2 * TILE_BYTES, affines = base + AFFINES;
   const u32 full = base + BARRIERS, empty = full + 8 * STAGES;
-  const int group = threadIdx.x >> 7, thread = threadIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int group = of_warp(threadIdx.x >> 7), thread = threadIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Tile tile(blockIdx.x, tiles_x, height, width);
   if (thread == 0) {
     for (int i = 0; i < STAGES; i++)
@@ -187,16 +188,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       u32 raw[TILE_W][2];
 #pragma unroll
       for (int i = 0; i < MMA_N / 4; i++) raw[i / 2][i % 2] = pack<DTYPE>(d[2 * i], d[2 * i + 1]);
-      element* published = (second ? out : exchange);  // `out` until the last layer writes it
-#pragma unroll
-      for (int g = 0; g < TILE_W; g++)
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-          const u32 two = transpose_8x8(raw[g][k]);
-          if (tile.has(line, g) && (last || needed_row || (needed_columns >> g & 1)))
-            *reinterpret_cast<u32*>(published + stored0 + g * CHANNELS + 8 * k) = two;
-        }
 
+      // First what travels longest: the totals, then the pixels that others need.
       QuadSums statistics = {};
 #pragma unroll
       for (int k = 0; k < 2; k++) statistics.sums[k].start(low(__shfl_sync(~0u, raw[0][k], lane & ~3)));
@@ -217,6 +210,17 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       }
       const int totals = layer % 3 * CHANNELS;
       statistics.flush(workspace, 0, all_totals, totals + channel, 8, all_totals, per_pixel);
+
+      element* published = (second ? out : exchange);  // `out` until the last layer writes it
+#pragma unroll
+      for (int g = 0; g < TILE_W; g++)
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          const u32 two = transpose_8x8(raw[g][k]);
+          if (tile.has(line, g) && (last || needed_row || (needed_columns >> g & 1)))
+            *reinterpret_cast<u32*>(published + stored0 + g * CHANNELS + 8 * k) = two;
+        }
+
       if (last) break;
 
       float scale = 1.f, shift = 0.f;  // of the norm, before its statistics

@@ -25,7 +25,7 @@ _TILE_H, _TILE_W = 8, 16
 _STAGES = 8
 _STAGE_STEPS = 4  # k16 steps whose weights are fetched together
 _HEADER_BYTES = 16
-_TOTAL_BYTES = 8 * (4 + 1)  # of a channel: four totals, and a count
+_TOTAL_BYTES = 512 // 4 * (4 + 1)  # of a channel: four totals, a count; sectors of four lie 512 bytes apart
 _SIGNATURE = "F" + "PPPPPff" + "PPPPPP" + "iiii"
 
 Affine = tuple[Tensor, Tensor]

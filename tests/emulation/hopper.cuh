@@ -10,6 +10,7 @@
 #define SWIZZLE_128 1
 #define SWIZZLE_64 2
 #define SWIZZLE_32 3
+DEVICE u32 of_warp(u32 value) { return value; }
 DEVICE u64 descriptor(u32 address, u32 leading, u32 stride, u64 swizzle) {
   return (u64)((address & 0x3FFFF) >> 4) | ((u64)(leading >> 4) << 16) | ((u64)(stride >> 4) << 32) | (swizzle << 62);
 }
