@@ -20,6 +20,7 @@ from torch import Tensor
 
 _FORCED = {"tf32": True, "fp32": False}
 _lock = threading.RLock()
+_precision: Any = getattr(torch._C, "_get_fp32_precision_getter", None)  # behind conv.fp32_precision
 
 
 def allowed(precision: str) -> bool:
@@ -33,7 +34,9 @@ def allowed(precision: str) -> bool:
 
 
 def _switch() -> bool:
-    """What PyTorch's own float32 convolutions would do."""
+    """What PyTorch's own float32 convolutions would do; asked for in every call of a network."""
+    if _precision is not None:
+        return bool(_precision("cuda", "conv") == "tf32")
     conv = getattr(torch.backends.cudnn, "conv", None)
     if conv is None:
         return bool(torch.backends.cudnn.allow_tf32)

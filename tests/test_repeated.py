@@ -13,7 +13,7 @@ import torch
 from stand_in_gpu import FUNCTION, expected, graph_of, install, step, whole
 from torch import nn
 
-from sf_compile.cuda import repeated
+from sf_compile.cuda import kernel_graph, repeated
 from sf_compile.cuda.launcher import KernelLaunchError
 from sf_compile.cuda.recorder import observing
 from sf_compile.cuda.repeated import Repeated
@@ -78,7 +78,9 @@ def test_a_replay_launches_as_the_kernel_wants_it(monkeypatch, mode, attributes)
             run(whole(SHAPE), weight)
         kernel.mode = mode
         check(run, whole(SHAPE), weight)
-    assert gpu.replayed == 6 and all(config[4] == attributes for config in gpu.configs)
+    found = [config[4] for config in gpu.configs]
+    assert len(found) == 6 and all(each == attributes for each in found[1:])
+    assert found[0] == ([] if mode == "overlapping" else attributes), "there is nothing before it to overlap"
 
 
 def test_inference_mode_replays_too_and_returns_its_kind_of_tensor(gpu):
@@ -106,6 +108,21 @@ def test_a_written_weight_is_packed_anew_and_recorded_anew(gpu):
         for _ in range(3):
             check(run, x, weight)
         assert gpu.replayed == replayed + 12
+
+
+def test_a_parameter_that_is_read_where_it_lies_may_be_written(gpu):
+    """Its numbers are not copied anywhere; only where it lies is part of what is repeated."""
+    run = Repeated(graph_of(lambda call, x, skip: [call(step, x, None, skip)], 2))
+    skip, x = parameter(), whole(SHAPE)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(run(x, skip)[0], expected(x, None, skip))
+        skip.add_(1)
+        assert torch.equal(run(x, skip)[0], expected(x, None, skip)) and gpu.replayed == 4
+        skip.data = whole(SHAPE)
+        for _ in range(3):
+            assert torch.equal(run(x, skip)[0], expected(x, None, skip))
+        assert gpu.replayed == 6
 
 
 def test_another_parameter_in_its_place_is_not_mistaken_for_it(gpu):
@@ -343,11 +360,66 @@ def test_a_launch_that_fails_names_its_kernel(gpu):
         for _ in range(2):
             run(whole(SHAPE))
         gpu.fail = True
-        with pytest.raises(KernelLaunchError, match=r"step \(step.cu.*grid 2x1x1, block 32.*LAUNCH_FAILED"):
+        with pytest.raises(KernelLaunchError, match=r"cuGraphLaunch of 2 launches \(step\).*LAUNCH_FAILED"):
             run(whole(SHAPE))
         gpu.fail = False
         x = whole(SHAPE)
         assert torch.equal(run(x)[0], expected(x))
+
+
+def test_a_launch_whose_new_arguments_are_rejected_is_named_and_told_again(gpu):
+    run = Repeated(graph_of(lambda call, x: [call(step, x)], 1))
+    kept = [whole(SHAPE) for _ in range(3)]
+    with torch.no_grad():
+        for x in kept:
+            run(x)
+        gpu.reject = True
+        for _ in range(2):
+            with pytest.raises(KernelLaunchError, match=r"step \(step.cu.*grid 2x1x1, block 32.*LAUNCH_FAIL"):
+                run(kept[0])
+        gpu.reject = False
+        assert torch.equal(run(kept[0])[0], expected(kept[0]))
+
+
+def test_only_what_moved_is_told_to_the_graph(gpu):
+    run, weight = Repeated(chain()), parameter()
+    with torch.no_grad():
+        for _ in range(3):
+            run(whole(SHAPE), weight)
+        assert gpu.updated == 6, "at first nobody knows where anything lies"
+        (kind,) = run._kinds.values()
+        replay, size = kind.threads.replay, kind.recording.arena.bytes
+        arena, results, xs = torch.empty(size, dtype=torch.uint8), [whole(SHAPE), whole(SHAPE)], []
+        for told in (None, 0, 2):  # x is read by the first launch and by the fourth
+            if told != 0:
+                xs.append(whole(SHAPE))
+            before = gpu.updated
+            replay([tensor.data_ptr() for tensor in (arena, xs[-1], *results)])
+            assert told is None or gpu.updated == before + told
+            ours = [results[i] for i in kind.recording.returned]
+            wanted = chained(xs[-1], weight)
+            assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+
+
+def test_graphs_go_with_what_they_were_made_for(gpu):
+    run, weight = Repeated(chain()), parameter()
+    with torch.no_grad():
+        for _ in range(3):
+            run(whole(SHAPE), weight)
+    assert len(gpu.graphs) == len(gpu.executables) == 1 and len(gpu.nodes) == 6
+    del weight
+    gc.collect()
+    assert not (gpu.graphs or gpu.executables or gpu.nodes)
+
+
+def test_without_edges_that_overlap_nothing_is_replayed(gpu, monkeypatch, caplog):
+    monkeypatch.setattr(kernel_graph, "refusal", lambda: "the driver is older than CUDA 12.3")
+    run = Repeated(graph_of(lambda call, x: [call(step, x)], 1))
+    with torch.no_grad(), caplog.at_level(logging.DEBUG, logger="sf_compile"):
+        for _ in range(4):
+            x = whole(SHAPE)
+            assert torch.equal(run(x)[0], expected(x))
+    assert gpu.replayed == 0 and "not replayed: the driver is older than CUDA 12.3" in caplog.text
 
 
 def test_the_log_shows_the_arena(gpu, caplog):

@@ -185,8 +185,11 @@ class Kernel:
         self, grid: tuple[int, int, int], block: int, shared_bytes: int, code: Any
     ) -> KernelLaunchError:
         """The error for a launch that the driver answered with ``code``, a CUresult or its number, not 0."""
-        what = self._describe(grid, block, shared_bytes)
-        return _driver_error(self._driver, what, self._driver.CUresult(code))
+        return self.driver_error(self._describe(grid, block, shared_bytes), code)
+
+    def driver_error(self, step: str, code: Any) -> KernelLaunchError:
+        """The error for a ``step`` that the driver answered with ``code``, as above."""
+        return _driver_error(self._driver, step, self._driver.CUresult(code))
 
     def enter_context(self) -> None:
         """Make PyTorch's context the calling thread's; the kernel's device is the current one."""

@@ -65,7 +65,7 @@ def packed(weight: Tensor, form: str, pack: Callable[[Tensor], Tensor]) -> Packe
         kept = forms.get(form)
         if kept is not None and kept.version == weight._version and kept.address == weight.data_ptr():
             if observing.recorder is not None:
-                observing.recorder.uses(kept.weight)
+                observing.recorder.uses(kept.weight, of=weight)
             return Packed(kept.weight, True)
         with torch.inference_mode(False):  # what is kept will be written again, in whatever mode
             return _renewed(weight, form, pack, kept, forms)

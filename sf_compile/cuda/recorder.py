@@ -60,6 +60,7 @@ class Recorder(TorchDispatchMode):
             later one is meant by what comes after it.
         constants: Tensors of other calls that the kernels read or meet in (packed weights, workspaces).
         versions: How often each of those had been written; 0 for one that has no version.
+        copied: Tensors that constants are copies of.
         foreign: The first operation that is neither; None where there was none.
     """
 
@@ -69,6 +70,7 @@ class Recorder(TorchDispatchMode):
         self.allocations: list[Allocation] = []
         self.constants: list[Tensor] = []
         self.versions: list[int] = []
+        self.copied: list[Tensor] = []
         self.foreign: str | None = None
 
     def __enter__(self) -> Recorder:
@@ -99,10 +101,15 @@ class Recorder(TorchDispatchMode):
         launch = Launch(kernel, grid, block, shared_bytes, tuple(arguments), len(self.allocations))
         self.launches.append(launch)
 
-    def uses(self, constant: Tensor) -> None:
-        """Note memory that outlives the call, and stays where it is while the tensor is alive."""
+    def uses(self, constant: Tensor, of: Tensor | None = None) -> None:
+        """Note memory that outlives the call, and stays where it is while the tensor is alive.
+
+        Where it holds a copy, packed or cast, of a tensor as that is now, it is a copy ``of`` this one.
+        """
         self.constants.append(constant)
         self.versions.append(version(constant))
+        if of is not None:
+            self.copied.append(of)
 
 
 class _Observing(threading.local):

@@ -78,6 +78,7 @@ class Recording:
         returned: What the call returns: numbers of outputs.
         constants: Memory that the launches use where it is, kept alive.
         versions: How often each of those had been written.
+        copied: Which of the fixed inputs some of those are copies of; the others are read where they lie.
     """
 
     bases: int
@@ -87,6 +88,7 @@ class Recording:
     returned: tuple[int, ...]
     constants: tuple[Tensor, ...]
     versions: tuple[int, ...]
+    copied: tuple[int, ...]
 
     def holds(self) -> bool:
         """Whether nothing was written to the constants since: packed weights are renewed where they are."""
@@ -176,7 +178,9 @@ def resolve(
     made = [Output(*recorder.allocations[index][2:]) for index in outputs]
     bases = 1 + len(moving) + len(outputs)
     constants, versions = tuple(recorder.constants), tuple(recorder.versions)
-    return Recording(bases, tuple(launches), arena, tuple(made), returned, constants, versions)
+    sources = set(map(id, recorder.copied))
+    copied = tuple(i for i, x in enumerate(fixed) if id(x) in sources)
+    return Recording(bases, tuple(launches), arena, tuple(made), returned, constants, versions, copied)
 
 
 class _Addresses:

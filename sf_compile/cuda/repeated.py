@@ -7,11 +7,10 @@ what it launches is all that there is to do.
 from __future__ import annotations
 
 import logging
-import operator
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,15 +20,22 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from sf_compile import tf32
+from sf_compile.cuda import kernel_graph
 from sf_compile.cuda.recorder import Recorder
 from sf_compile.cuda.recording import NotReplayable, Recording, resolve
 from sf_compile.cuda.replay import Replay
 from sf_compile.ops.library import CUDA
-from sf_compile.runtime.unchanged import Unchanged
+from sf_compile.runtime.unchanged import Unchanged, picker
 
 _MOST_KINDS = 8
 _MOST_ATTEMPTS = 2  # at a recording; another thread may have done what made the first one fail
 _NUMBERS = (int, float, bool)
+_told_apart = object.__hash__  # as id(), which also asks who audits the process
+_guards: Any = torch._C._dynamo.guards
+_empty_strided = {
+    # Inductor's, of (size, stride, dtype) on the current device: half the time of torch.empty_strided.
+    "cuda": _guards._empty_strided_cuda, "cpu": _guards._empty_strided_cpu,
+}  # fmt: skip
 _log = logging.getLogger(__name__)
 
 
@@ -37,16 +43,17 @@ class _Positions:
     """Which inputs are what, for inputs of some types; each of these stands for itself alone in a key."""
 
     def __init__(self, parameters: list[int], tensors: list[int], numbers: list[int]) -> None:
-        self.parameters = _picker(parameters)
-        self.tensors = _picker(tensors)
-        self.numbers = _picker(numbers)
+        self.parameters = picker(parameters)
+        self.tensors = picker(tensors)
+        self.numbers = picker(numbers)
 
 
 class _Kind:
     """What is known of the calls of one kind, while the parameters are those of the first.
 
     A parameter is the same if it is the same object at the same address, unwritten since. Its shape, strides
-    and dtype then are the same too, for those of the graph's parameters are what Dynamo's guards check.
+    and dtype then are the same too, for those of the graph's parameters are what Dynamo's guards check. Once
+    there is a recording, a parameter that its kernels read where it lies only has to lie there.
     """
 
     def __init__(self, parameters: Sequence[Tensor], forget: Any) -> None:
@@ -61,6 +68,12 @@ class _Kind:
     def holds_for(self, parameters: Sequence[Tensor]) -> bool:
         """Whether ``parameters`` are still those of the first call."""
         return self.parameters.holds_for(parameters) and (self.recording is None or self.recording.holds())
+
+    def replay_by(self, recording: Recording) -> None:
+        """The calls that follow repeat this one, unless another thread's is there already."""
+        if self.recording is None:
+            self.parameters = self.parameters.where_copied(recording.copied)
+            self.recording = recording
 
 
 class _Implementations(fx.Interpreter):
@@ -119,7 +132,7 @@ class Repeated:
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         key = (
             # Models may share a compiled graph, whose parameters then take turns: the first one tells them.
-            positions, stream, id(parameters[0]) if parameters else 0, tf32.allowed("auto"),
+            positions, stream, _told_apart(parameters[0]) if parameters else 0, tf32.allowed("auto"),
             positions.numbers(inputs),
             *((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16, x.is_neg()) for x in tensors),
         )  # fmt: skip
@@ -164,12 +177,14 @@ class Repeated:
             results = _Implementations(self._inner).run(*inputs)
         try:
             recording = resolve(recorder, tensors, parameters, results)
+            if (missing := kernel_graph.refusal()) is not None:
+                raise NotReplayable(missing)
         except NotReplayable as reason:
             kind.attempts += 1
             _log.debug("%d fused ops are not replayed: %s", len(recorder.launches), reason)
         else:
             with self._lock:
-                kind.recording = kind.recording or recording  # another thread may have made it meanwhile
+                kind.replay_by(recording)
             _log.debug("%d launches will be replayed; %s", len(recording.launches), recording.arena)
         return results
 
@@ -182,13 +197,11 @@ def _replay(
         replay: Replay = kind.threads.replay
     except AttributeError:
         replay = kind.threads.replay = Replay(recording, stream)
-    arena = torch.empty(recording.arena.bytes, dtype=torch.uint8, device=device)
-    outputs = [
-        torch.empty_strided(size, stride, dtype=dtype, device=device)
-        for size, stride, dtype in recording.outputs
-    ]
+    empty = _empty_strided[device.type]
+    arena = empty((recording.arena.bytes,), (1,), torch.uint8)
+    outputs = [empty(size, stride, dtype) for size, stride, dtype in recording.outputs]
     replay([x.data_ptr() for x in (arena, *tensors, *outputs)])
-    return tuple(outputs[i] for i in recording.returned)
+    return tuple([outputs[i] for i in recording.returned])
 
 
 class _Forget:
@@ -210,13 +223,6 @@ def _positions(types: Sequence[type]) -> _Positions | None:
     found = [[i for i, one in enumerate(types) if one in kind] for kind in kinds]
     known = sum(map(len, found)) == len(types) and bool(found[0] or found[1])
     return _Positions(*found) if known else None
-
-
-def _picker(positions: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """What picks the inputs at ``positions``, as a tuple: there are dozens of them, and a call has 100 us."""
-    if len(positions) > 1:
-        return operator.itemgetter(*positions)
-    return lambda inputs: tuple(inputs[i] for i in positions)
 
 
 def watched() -> bool:

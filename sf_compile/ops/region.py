@@ -18,7 +18,8 @@ def runner(inner: fx.GraphModule) -> Callable[..., Any]:
 
     def run(*inputs: Any) -> Any:
         nonlocal on_cuda
-        if not next((x.is_cuda for x in inputs if isinstance(x, Tensor)), False):
+        first = next((x for x in inputs if isinstance(x, Tensor)), None)
+        if first is None or not first.is_cuda:
             return inner.forward(*inputs)
         if on_cuda is None:
             from sf_compile.cuda.repeated import Repeated
