@@ -29,7 +29,6 @@ class Compiled:
     executed: list[Counter[str]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     strides: set[tuple[int, ...]] = field(default_factory=set)
-    has_symbolic_results: bool = False
 
 
 class _Executed(TorchDispatchMode):
@@ -63,8 +62,6 @@ class Backend:
         for value in recorded:
             if isinstance(value, Tensor) and all(type(step) is int for step in value.stride()):
                 graph.strides.add(value.stride())
-            elif isinstance(value, Tensor):
-                graph.has_symbolic_results = True
         first, second = (compile_graph(gm, example_inputs, self.options) for _ in range(2))
         if not graph.decisions:
             if first != gm.forward or getattr(first, "__self__", None) is not gm:
