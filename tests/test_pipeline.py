@@ -504,7 +504,7 @@ def test_an_early_end_frees_everything(end):
     gc.collect()
     assert closed.wait(WAIT), "the source was not let go of"
     until(lambda: not threads())
-    assert state.closed and not any((state.free, state.ready, state.flying, state.landing, state.open))
+    assert state.closed and not any((state.free, state.ready, state.flying, state.open))
     del state
     gc.collect()
     assert not any(slot() for slot in slots)

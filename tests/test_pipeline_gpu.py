@@ -211,6 +211,29 @@ def test_nothing_is_left_behind(network):
         assert torch.cuda.memory_allocated() < before + 200 * 2**20
 
 
+@pytest.mark.parametrize("tensors", [False, True])
+def test_a_result_may_be_let_go_of_while_it_is_uploaded_again(tensors):
+    """Its buffer is not written by a later picture before the caller's stream has read it."""
+    given = frames(24, 270, 480)
+    source = [torch.from_numpy(picture) for picture in given] if tensors else given
+    side, uploaded = torch.cuda.Stream(), []
+    with torch.cuda.stream(side):
+        for out in StylizePipeline(lambda x: 255 - x, depth=2, **CUDA)(source):
+            spin(5)
+            uploaded.append(torch.as_tensor(out).to("cuda", non_blocking=True))
+            del out
+    torch.cuda.synchronize()
+    assert all(np.array_equal(a.cpu().numpy(), 255 - b) for a, b in zip(uploaded, given, strict=True))
+
+
+def test_what_is_handed_out_is_page_locked_and_used_again():
+    addresses = set()
+    for out in StylizePipeline(lambda x: x, depth=3, **CUDA)(frames(40, 64, 96)):
+        assert torch.from_numpy(out).is_pinned()
+        addresses.add(out.ctypes.data)
+    assert len(addresses) <= 6
+
+
 def test_the_default_stream_is_not_used(network):
     """A stream of pictures neither waits for what its caller's stream does meanwhile, nor holds it up."""
     pipeline = StylizePipeline(lambda x: x, **CUDA)

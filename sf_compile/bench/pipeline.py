@@ -1,7 +1,7 @@
 """Suite ``pipeline``: pictures a second from host to host, beside the network alone and beside plain loops.
 
     compute                     the network by our backend, call after call, its input on the device
-    pipeline                    ``StylizePipeline`` over uint8 arrays on the host, each result a new one
+    pipeline                    ``StylizePipeline`` over uint8 arrays on the host, results let go of in turn
     loop                        for each picture: upload, convert, the same network, convert, download
     loop-inductor-max-autotune  that loop with the network by Inductor
 

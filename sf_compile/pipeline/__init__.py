@@ -4,8 +4,8 @@
     for picture in StylizePipeline(model)(frames): ...
 
 ``pictures`` says what a picture on the host is, ``conversion`` how its bytes become a network's input and
-the output bytes again, ``lanes`` has the buffers and the CUDA streams, ``stream`` the threads and the order
-of things, ``timeline`` what happened when.
+the output bytes again, ``lanes`` has the buffers and the CUDA streams, ``lending`` says how results leave
+without a copy, ``stream`` has the threads and the order of things, ``timeline`` what happened when.
 """
 
 from sf_compile.pipeline.conversion import Convention

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sf_compile.pipeline.conversion import Convention
+from sf_compile.pipeline.lending import Spares
 from sf_compile.pipeline.timeline import Timeline
 
 
@@ -33,6 +34,11 @@ class Part(NamedTuple):
     shape: tuple[int, ...] = ()
     error: Exception | None = None
 
+    def picture(self, results: np.ndarray, place: int) -> np.ndarray:
+        """The bytes of one picture of it, a view of those of a slot's ``results``, flat."""
+        end = self.offset + math.prod(self.shape)
+        return results[self.offset : end].reshape(self.shape)[place]
+
 
 class Slot:
     """Buffers of one batch: pixels on the host and on the device, results and flags on the host."""
@@ -41,9 +47,10 @@ class Slot:
         self.pixels: Tensor | None = None  # bytes, flat, on the host; pinned for a GPU
         self.uploaded: Tensor | None = None  # the same on the GPU
         self.results: Tensor | None = None
+        self.results_read: Any = None  # what may still read them: an event that a download waits for
         self.broken: Tensor | None = None
         self.alive: list[Tensor] = []  # on the GPU, until they have been downloaded
-        self.finished: Any = None  # event
+        self.events: tuple[Any, ...] = ()  # of its batch: uploaded, computed, downloaded
         self.marks: list[tuple[str, Any, Any]] = []
 
     def pixels_of(self, shape: tuple[int, ...]) -> Tensor:
@@ -51,10 +58,21 @@ class Slot:
         assert self.pixels is not None
         return _view(self.pixels, 0, shape)
 
-    def result(self, part: Part, place: int) -> np.ndarray:
-        """The bytes of one picture of a part."""
+    def lent(self, spares: Spares) -> np.ndarray | None:
+        """All results, flat, in an array that may be handed out; None where too many are lent already."""
+        if self.results is None:
+            return None
+        exchanged = spares.exchange(self.results)
+        if exchanged is None:
+            return None
+        array, self.results, self.results_read = exchanged
+        return array
+
+    def bytes_of_results(self) -> np.ndarray:
+        """All results, flat."""
         assert self.results is not None
-        return _view(self.results, part.offset, part.shape)[place].numpy()
+        array: np.ndarray = self.results.numpy()
+        return array
 
 
 class Lanes:
@@ -97,6 +115,8 @@ class Lanes:
             if self._gpu:
                 stack.enter_context(torch.cuda.device(self.device))
             slot.marks = []
+            if self._gpu and not slot.events:
+                slot.events = (*(torch.cuda.Event() for _ in range(2)), torch.cuda.Event(blocking=True))
             pixels = self._uploaded(slot, shape, timeline)
             if self._gpu:
                 stack.enter_context(torch.cuda.stream(self._compute))
@@ -111,14 +131,27 @@ class Lanes:
                 self._one_by_one(pixels, made, errors)
         return self._downloaded(slot, shape[0], made, errors, timeline)
 
+    def arrived(self, slot: Slot) -> bool:
+        """Whether ``wait`` would not wait."""
+        return not slot.events or bool(slot.events[2].query())
+
+    def moment(self) -> Any:
+        """An event of what the calling thread's stream has now; None without a GPU."""
+        if not self._gpu or torch.cuda.is_current_stream_capturing():
+            return None
+        event = torch.cuda.Event()
+        with contextlib.suppress(RuntimeError):  # a GPU that failed says so elsewhere
+            event.record(torch.cuda.current_stream(self.device))
+        return event
+
     def wait(self, slot: Slot, index: int, timeline: Timeline | None) -> None:
         """Until the results of ``run`` are in the host's buffers.
 
         Raises:
             RuntimeError: the GPU failed.
         """
-        if slot.finished is not None:
-            slot.finished.synchronize()
+        if slot.events:
+            slot.events[2].synchronize()
         slot.alive = []
         if timeline is not None:
             for lane, begin, end in slot.marks:
@@ -150,9 +183,8 @@ class Lanes:
             target = _view(slot.uploaded, 0, shape)
             with _marked(slot, "upload", timeline):
                 target.copy_(source, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record()
-        self._compute.wait_event(done)
+            slot.events[0].record()
+        self._compute.wait_event(slot.events[0])
         return target
 
     def _through(
@@ -180,7 +212,9 @@ class Lanes:
         self, slot: Slot, count: int, made: list[tuple[int, Tensor, Tensor]], parts: list[Part],
         timeline: Timeline | None,
     ) -> list[Part]:  # fmt: skip
-        slot.results = self._host(slot.results, sum(out.numel() for _, out, _ in made))
+        size = sum(out.numel() for _, out, _ in made)
+        if size:
+            slot.results = self._host(slot.results, size)
         if slot.broken is None or slot.broken.numel() < count:
             with torch.inference_mode(False):
                 slot.broken = torch.empty(
@@ -189,13 +223,16 @@ class Lanes:
         with contextlib.ExitStack() as stack:
             if self._gpu:
                 stack.enter_context(torch.cuda.device(self.device))
-                done = torch.cuda.Event()
-                done.record(self._compute)
-                self._download.wait_event(done)
+                slot.events[1].record(self._compute)
+                self._download.wait_event(slot.events[1])
+                if slot.results_read is not None:
+                    self._download.wait_event(slot.results_read)
+                    slot.results_read = None
                 stack.enter_context(torch.cuda.stream(self._download))
             offset = 0
             with _marked(slot, "download", timeline):
                 for first, out, broken in made:
+                    assert slot.results is not None
                     part = Part(first, len(out), offset, tuple(out.shape))
                     _view(slot.results, offset, part.shape).copy_(out, non_blocking=True)
                     slot.broken[first : first + len(out)].copy_(broken, non_blocking=True)
@@ -203,8 +240,7 @@ class Lanes:
                     offset += out.numel()
                     slot.alive += [out, broken]
             if self._gpu:
-                slot.finished = torch.cuda.Event(blocking=True)
-                slot.finished.record()
+                slot.events[2].record()
         return sorted(parts, key=lambda part: part.first)
 
 

@@ -1,15 +1,13 @@
 """The threads of a stream, and the order in which pictures go through it.
 
-Three threads share one ``_State``:
+Two threads share one ``_State``:
 
     reader     asks the source, checks its pictures, copies them into the slot of the open batch
-    caller     in ``next``: launches batches that are ready, hands out results that are done
-    writer     waits for the GPU, copies results into arrays of their own, frees slots
+    caller     in ``next``: launches batches that are ready, waits for the oldest, hands out its results
 
 The source has been copied from when it is asked for its next picture, so it may use one buffer again and
 again. The network runs in the caller's thread, with the caller's autocast, Dynamo caches and CUDA graphs. At
-most ``depth`` batches are being filled or worked on and at most ``depth`` wait to be handed out, however
-long the source is.
+most ``depth`` batches are being filled, worked on or waiting to be handed out, however long the source is.
 """
 
 from __future__ import annotations
@@ -30,10 +28,12 @@ import torch
 from torch import Tensor
 
 from sf_compile.pipeline.lanes import Lanes, Part, Slot
+from sf_compile.pipeline.lending import Spares
 from sf_compile.pipeline.pictures import HostPicture, PictureError, pictures_of
 from sf_compile.pipeline.timeline import Span, Timeline
 
 _BAND_BYTES = 1 << 20  # the least that another thread is worth
+_POLL = 0.0005  # seconds between looks at the GPU while there may be something to launch before long
 _GRACE = 0.5  # seconds that closing waits for a source that is being asked
 
 
@@ -44,7 +44,7 @@ class Copier:
         self.threads = threads
         self._pool: ThreadPoolExecutor | None = None
         if threads > 1:
-            # The reader and the writer each copy a band themselves.
+            # The reader and the caller each copy a band themselves.
             self._pool = ThreadPoolExecutor(2 * (threads - 1), thread_name_prefix="styleforge-copy")
 
     def __call__(self, target: np.ndarray, source: np.ndarray) -> None:
@@ -80,14 +80,12 @@ class _Batch:
         self.copying = True  # the reader is writing into it
         self.parts: list[Part] = []
         self.results: deque[Any] = deque()
-        self.done = False
 
 
 class _State:
     """What the threads share, under ``lock``; outlives the stream object only as long as they run.
 
-    Each waits on a condition of its own: that there is ``space`` for the reader, ``news`` for the caller, and
-    ``work`` for the writer.
+    Each waits on a condition of its own: that there is ``space`` for the reader, ``news`` for the caller.
     """
 
     def __init__(
@@ -105,13 +103,12 @@ class _State:
         self.lock = threading.RLock()
         self.space = threading.Condition(self.lock)
         self.news = threading.Condition(self.lock)
-        self.work = threading.Condition(self.lock)
         # Results that are views keep their slot until the next one is asked for: one slot more.
         self.free = deque(Slot() for _ in range(depth + (not copy)))
+        self.spares = Spares(depth if copy else 0, lanes.moment)
         self.open: _Batch | None = None  # being filled
         self.ready: deque[_Batch] = deque()  # to be launched by the caller
         self.flying: deque[_Batch] = deque()  # launched, in the order of the source
-        self.landing: deque[_Batch] = deque()  # of these, what the writer has yet to wait for
         self.exhausted = False
         self.failure: BaseException | None = None  # what ends the stream, once all before it was handed out
         self.closed = False
@@ -134,11 +131,14 @@ class _State:
         """An error takes the place of a picture."""
         batch = _Batch(error.index, None, (0, 0))
         batch.results.append(error)
-        batch.done = True
         with self.lock:
             self.ship()
             self.ready.append(batch)
             self.news.notify()
+
+    def arrived(self, batch: _Batch) -> bool:
+        """Whether the results of a batch that was launched need not be waited for."""
+        return batch.slot is None or self.lanes.arrived(batch.slot)
 
     def release(self, batch: _Batch) -> None:
         """The batch's slot may be used again; under ``lock``."""
@@ -249,28 +249,11 @@ def _take(state: _State, index: int, picture: HostPicture) -> bool:
     return True
 
 
-# -- the writer
-
-
-def _write(state: _State) -> None:
-    while True:
-        with state.lock:
-            state.work.wait_for(lambda: state.closed or state.landing)
-            if state.closed:
-                return
-            batch = state.landing.popleft()
-        results = _results(state, batch)
-        with state.lock:
-            batch.results.extend(results)
-            batch.done = True
-            if state.copy:
-                state.release(batch)
-            state.news.notify()
-        del batch, results
+# -- the results
 
 
 def _results(state: _State, batch: _Batch) -> list[Any]:
-    """The results of a batch in order: arrays, tensors or errors."""
+    """The results of a batch in order, once they are there: arrays, tensors or errors."""
     slot = batch.slot
     assert slot is not None
     try:
@@ -278,26 +261,27 @@ def _results(state: _State, batch: _Batch) -> list[Any]:
     except RuntimeError as cause:  # what a kernel did, or one before it
         plain = cause.with_traceback(None)
         return [_error(batch, i, plain) for i in range(len(batch.tensors))]
-    results: list[Any] = []
     begin = state.timeline.now() if state.timeline else 0.0
-    for part in batch.parts:
-        for place in range(part.size):
-            results.append(_result(state, batch, slot, part, place))
+    lent = slot.lent(state.spares) if state.copy else None
+    results = [
+        _result(state, batch, part, place, lent) for part in batch.parts for place in range(part.size)
+    ]
     if state.timeline:
         state.timeline.host("copy out", batch.first, begin)
     return results
 
 
-def _result(state: _State, batch: _Batch, slot: Slot, part: Part, place: int) -> Any:
-    number = part.first + place
+def _result(state: _State, batch: _Batch, part: Part, place: int, lent: np.ndarray | None) -> Any:
+    """One of them; ``lent`` has the slot's bytes, if they may be handed out as they are."""
+    slot, number = batch.slot, part.first + place
     if part.error is not None:
         return _error(batch, number, part.error)
-    assert slot.broken is not None
+    assert slot is not None and slot.broken is not None
     if state.check_finite and slot.broken[number]:
         what = "the network returned NaN or infinity; run it in float32, or look at its weights"
         return PictureError(batch.first + number, what, batch.sides)
-    pixels = slot.result(part, place)
-    if state.copy:
+    pixels = part.picture(slot.bytes_of_results() if lent is None else lent, place)
+    if state.copy and lent is None:
         try:
             out = np.empty_like(pixels)
         except MemoryError as cause:
@@ -334,13 +318,11 @@ class PictureStream:
         self._state = state
         self._current: _Batch | None = None
         state.lanes.begin()
-        self._threads = [
-            threading.Thread(target=_read, args=(state, iterator), name="styleforge-read", daemon=True),
-            threading.Thread(target=_write, args=(state,), name="styleforge-write", daemon=True),
-        ]
-        self._finalizer = weakref.finalize(self, _close, state, self._threads)
-        for thread in self._threads:
-            thread.start()
+        self._reader = threading.Thread(
+            target=_read, args=(state, iterator), name="styleforge-read", daemon=True
+        )
+        self._finalizer = weakref.finalize(self, _close, state, self._reader)
+        self._reader.start()
 
     def __iter__(self) -> PictureStream:
         return self
@@ -394,28 +376,46 @@ class PictureStream:
             self._current = None
 
     def _next_batch(self) -> _Batch | None:
-        """The next batch whose results are there, launching what is ready meanwhile; None at the end."""
-        state = self._state
-        while True:
-            with state.lock:
-                while True:
-                    if state.closed:
-                        return None
-                    due = state.due()
-                    if due is not None and due <= 0:
-                        state.ship()
-                    if state.ready and len(state.flying) < state.depth:
-                        batch = state.ready.popleft()
-                        state.space.notify()
-                        break
-                    if state.flying and state.flying[0].done:
-                        return state.flying.popleft()
-                    if state.exhausted and not state.ready and not state.flying:
-                        if state.failure is not None:
-                            raise state.failure
-                        return None
-                    state.news.wait(due)
+        """The next batch, whose results are there; launches what is ready before; None at the end."""
+        while (step := self._step()) is not None:
+            batch, launched = step
+            if launched:
+                self._land(batch)
+                return batch
             self._launch(batch)
+        return None
+
+    def _step(self) -> tuple[_Batch, bool] | None:
+        """What comes next: False and a batch to launch, or True and the oldest launched; None at the end."""
+        state = self._state
+        with state.lock:
+            while not state.closed:
+                due = state.due()
+                if due is not None and due <= 0:
+                    state.ship()
+                    due = None
+                if state.ready and len(state.flying) < state.depth:
+                    state.space.notify()
+                    return state.ready.popleft(), False
+                # Who waits for the GPU launches nothing: while another batch may become ready one only looks.
+                full = state.exhausted or len(state.flying) == state.depth
+                if state.flying and (full or state.arrived(state.flying[0])):
+                    return state.flying.popleft(), True
+                if state.exhausted and not state.ready and not state.flying:
+                    if state.failure is not None:
+                        raise state.failure
+                    return None
+                state.news.wait(_POLL if state.flying and (due is None or due > _POLL) else due)
+        return None
+
+    def _land(self, batch: _Batch) -> None:
+        """Wait for the results of a batch; where they are no views of its slot, that is free again."""
+        state = self._state
+        if batch.slot is not None:
+            batch.results.extend(_results(state, batch))
+            if state.copy:
+                with state.lock:
+                    state.release(batch)
 
     def _launch(self, batch: _Batch) -> None:
         state = self._state
@@ -428,29 +428,23 @@ class PictureStream:
                 batch.parts = [Part(i, 1, error=plain) for i in range(shape[0])]
                 with contextlib.suppress(RuntimeError):  # the same again, of a GPU that failed
                     state.lanes.synchronize()
-        with state.lock:
-            state.flying.append(batch)
-            if batch.slot is not None:
-                state.landing.append(batch)
-                state.work.notify()
+        state.flying.append(batch)  # which no other thread looks at
 
 
-def _close(state: _State, threads: list[threading.Thread]) -> None:
+def _close(state: _State, reader: threading.Thread) -> None:
     with state.lock:
         state.closed = True
-        for condition in (state.space, state.news, state.work):
+        for condition in (state.space, state.news):
             condition.notify_all()
-    # A garbage collection may end up here in one of the threads, with `lock` held: then nobody is waited for.
-    if threading.current_thread() not in threads:
-        reader, writer = threads
-        for thread, seconds in ((writer, None), (reader, _GRACE)):
-            if thread.ident is not None:
-                thread.join(seconds)
+    # A garbage collection may end up here in the reader, with `lock` held: then it is not waited for.
+    if threading.current_thread() is not reader and reader.ident is not None:
+        reader.join(_GRACE)
     try:
         # Buffers may be given to others only when no transfer is on its way to them.
         state.lanes.synchronize()
     finally:
         state.copier.close()
+        state.spares.close()
         state.open = None
-        for waiting in (state.free, state.ready, state.flying, state.landing):
+        for waiting in (state.free, state.ready, state.flying):
             waiting.clear()

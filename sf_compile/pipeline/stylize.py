@@ -28,8 +28,9 @@ class StylizePipeline:
         max_latency_ms: how long the first picture of a batch waits for the others; None: until the batch is
             full, the size changes or the source ends.
         depth: batches on their way at once, each with buffers of its own.
-        copy: hand out arrays of their own. False: views of the pipeline's buffers, each valid until the next
-            picture is asked for.
+        copy: what is handed out stays as it is for as long as anybody holds it: memory of the pipeline's,
+            which is used again after that, or a copy while too much of that is held. False: views of buffers,
+            each valid until the next picture is asked for.
         copy_threads: threads that copy one large picture into or out of a buffer. More than one wait for the
             interpreter's lock more often than they are faster.
         check_finite: a result with NaN or infinity is a ``PictureError``; False: it is bytes 0 and 255.
@@ -54,7 +55,7 @@ class StylizePipeline:
         *,
         batch_size: int = 1,
         max_latency_ms: float | None = None,
-        depth: int = 4,
+        depth: int = 6,
         copy: bool = True,
         copy_threads: int = 1,
         check_finite: bool = True,
