@@ -19,10 +19,11 @@ import torch
 from torch import fx
 
 from sf_compile.graph import capturable
+from sf_compile.graph.break_even import BreakEven, LargeEnough, break_even
 from sf_compile.graph.match import Matches, match
 from sf_compile.graph.normalize import NormalizedGraph, normalize
 from sf_compile.graph.plan import Plan, plan
-from sf_compile.graph.regions import Region, group
+from sf_compile.graph.regions import Region, group, is_op
 from sf_compile.graph.rewrite import rewrite
 from sf_compile.graph.trunks import join
 from sf_compile.options import Options
@@ -61,7 +62,12 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], options: Option
         log.debug("region %d: %s", number, region)
     if options.fallback != "eager":
         return _fallback(rewritten, example_inputs, options)
-    return _run(rewritten, graphs, options)
+    least = break_even_of(analysis, graphs, rewritten, options)
+    run = _run(rewritten, graphs, options)
+    if least is None:
+        return run
+    log.debug("%s", least)
+    return LargeEnough(run, gm.forward, least)
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,16 @@ def capture_of(analysis: Analysis, options: Options) -> Capture:
     if not analysis.plan.decisions:
         return Capture("nothing is fused, and the graph runs as it came", bound)
     return Capture(capturable.refusal(analysis.normalized), bound)
+
+
+def break_even_of(
+    analysis: Analysis, capture: Capture, rewritten: fx.GraphModule, options: Options
+) -> BreakEven | None:
+    """From what size on calls on a CPU are fused; None where all are, of whatever size."""
+    if options.fallback != "eager" or options.precision != "auto" or not analysis.plan.decisions:
+        return None
+    alone = sum(map(is_op, rewritten.graph.nodes))
+    return break_even(analysis.normalized.graph, analysis.plan.decisions, capture.bound, alone)
 
 
 def _run(gm: fx.GraphModule, capture: Capture, options: Options) -> Callable[..., Any]:

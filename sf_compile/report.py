@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from sf_compile import tf32
-from sf_compile.backend import Analysis, analyse, capture_of, rewritten_graph
+from sf_compile.backend import Analysis, analyse, break_even_of, capture_of, rewritten_graph
 from sf_compile.graph.plan import Decision, describe, precision_of
 from sf_compile.graph.values import value_of
 from sf_compile.options import Options
@@ -67,6 +67,7 @@ class Report:
         options: The settings that were asked for.
         memory: What a call of each graph needs on a GPU; None where that cannot be told.
         cuda_graphs: For each graph, whether its calls are captured in CUDA graphs, or why not.
+        break_even: For each graph, which calls on a CPU run as they came; None where none do.
     """
 
     fused: tuple[Fused, ...]
@@ -76,6 +77,7 @@ class Report:
     options: Options
     memory: tuple[Memory | None, ...] = ()
     cuda_graphs: tuple[str, ...] = ()
+    break_even: tuple[str | None, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain lists, dicts, strings and numbers (``json.dumps`` takes it)."""
@@ -90,6 +92,7 @@ class Report:
             "options": options,
             "memory": [one and one.to_dict() for one in self.memory],
             "cuda_graphs": list(self.cuda_graphs),
+            "break_even": list(self.break_even),
         }
 
     def __str__(self) -> str:
@@ -115,6 +118,7 @@ class Report:
         lines += self._memory_lines()
         if self.options.captures:
             lines += [f"CUDA graphs: {text}" for text in self.cuda_graphs]
+        lines += [text for text in self.break_even if text is not None]
         lines.append(f"graph breaks: {len(self.graph_breaks)}")
         lines += [f"  {reason.strip().splitlines()[0]}" for reason in self.graph_breaks]
         return "\n".join(lines)
@@ -202,6 +206,7 @@ def _report(
     untouched: list[str] = []
     memory: list[Memory | None] = []
     captures: list[str] = []
+    small: list[str | None] = []
     for index, analysis in enumerate(analyses):
         inside = {step.node for decision in analysis.plan.decisions for step in decision.site.steps}
         skipped += [Skipped(miss.node, miss.reason, index) for miss in analysis.matches.misses]
@@ -214,12 +219,15 @@ def _report(
         captures.append(str(capture))
         # Last, for it takes the analysed copy of the graph apart.
         rewritten, regions = rewritten_graph(analysis, options)
+        least = break_even_of(analysis, capture, rewritten, options)
+        small.append(None if least is None else str(least))
         memory.append(_predicted(rewritten, inputs[index], capture.bound))
         numbers = {site: number for number, region in enumerate(regions) for site in region.sites}
         fused += [_fused(decision, index, numbers) for decision in analysis.plan.decisions]
     return Report(
-        tuple(fused), tuple(skipped), tuple(untouched), tuple(breaks), options, tuple(memory), tuple(captures)
-    )
+        tuple(fused), tuple(skipped), tuple(untouched), tuple(breaks), options, tuple(memory),
+        tuple(captures), tuple(small),
+    )  # fmt: skip
 
 
 def _predicted(gm: fx.GraphModule, inputs: Sequence[Any], bound: frozenset[int]) -> Memory | None:

@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 from sf_compile.backend import analyse, capture_of, compile_graph, styleforge
 from sf_compile.graph import capturable
+from sf_compile.graph.break_even import LargeEnough
 from sf_compile.graph.normalize import normalize
 from sf_compile.models import TransformerNet
 from sf_compile.options import Options
@@ -99,7 +100,8 @@ def test_what_the_backend_makes_of_it(caplog):
     assert capture_of(analyse(gm, inputs, Options()), Options()).refusal == "not asked for"
     assert "is on the CPU" in str(capture_of(analyse(gm, inputs, on), on))
     with caplog.at_level(logging.WARNING, "sf_compile.backend"):
-        assert isinstance(compile_graph(gm, inputs, on), Explained)
+        run = compile_graph(gm, inputs, on)
+        assert isinstance(run, LargeEnough) and isinstance(run.fused, Explained)
     assert [r.name for r in caplog.records if "no CUDA graph: " in r.message] == ["sf_compile.backend"]
     plain = graph_on(lambda x: x + 1, PICTURE)
     assert capture_of(analyse(plain, [], on), on).refusal == "nothing is fused, and the graph runs as it came"

@@ -5,7 +5,6 @@ A failing network is printed as a file that runs alone.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -15,14 +14,15 @@ import fuzz.backend
 import pytest
 import torch
 from fuzz.networks import programs
-from fuzz.programs import Program
+from fuzz.programs import Program, printed
 from fuzz.properties import check, check_explained
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
 
 EXAMPLES = int(os.environ.get("STYLEFORGE_FUZZ_EXAMPLES", "0"))
 SEED = int(os.environ.get("STYLEFORGE_FUZZ_SEED", "0"))
 SECONDS = float(os.environ.get("STYLEFORGE_FUZZ_SECONDS", "inf"))
-"""After so many no further network is compared; then a failing one is printed as it was found, not shrunk."""
+"""After so many no further network is compared; one that has failed is shrunk only until then."""
 # A tenth of the networks and more must have something fused, or the run says little.
 FEWEST_FUSED = 0.1
 
@@ -33,23 +33,26 @@ def run(test: Callable[[Program], None], strategy: Any, examples: int) -> None:
         max_examples=EXAMPLES or examples, deadline=None, derandomize=not SEED, database=None,
         print_blob=False,
         suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
-        phases=[phase for phase in Phase if phase is not Phase.shrink or math.isinf(SECONDS)],
     )(given(strategy)(test))  # fmt: skip
     (seed(SEED)(configured) if SEED else configured)()
 
 
 def compare(device: str, examples: int) -> None:
-    """Compare compiled networks with eager ones, until the time is over, and print how many were fused."""
+    """Compare compiled networks with eager ones, until the time is over, and print how many were fused.
+
+    Once the time is over only networks that are known to fail are run: what hypothesis then asks about a
+    simpler one is answered at once, and what it prints at the end is the simplest that was found.
+    """
     fused: list[bool] = []
-    failed: list[bool] = []
+    failed: set[Program] = set()
     end = time.monotonic() + SECONDS
 
     def compiled_equals_eager(program: Program) -> None:
-        if time.monotonic() > end and not failed:  # one that has failed is run again, to be printed
+        if time.monotonic() > end and program not in failed:
             return
-        failed.append(True)
+        failed.add(program)
         fused.append(check(program))
-        failed.pop()
+        failed.remove(program)
 
     run(compiled_equals_eager, programs(device), examples)
     # fuzz/__main__.py reads this line.
@@ -123,6 +126,14 @@ def test_a_failing_network_is_printed_as_a_file_that_runs_alone(tmp_path):
     from test_package import ROOT
     from test_package import run as run_alone
 
-    output, _ = run_alone(repr(STYLE), tmp_path, ROOT)
+    def fails(program: Program) -> None:
+        raise AssertionError("wrong")
+
+    with pytest.raises(AssertionError) as raised:
+        run(fails, st.just(STYLE), 1)
+    shown = "\n".join(raised.value.__notes__)
+    file = printed("\n".join(f"E       {line}" for line in shown.splitlines()))
+    assert file == STYLE.source
+    output, _ = run_alone(file, tmp_path, ROOT)
     assert [line.split(")")[0] for line in output.splitlines()] == ["(2, 3, 8, 9", "(1, 3, 12, 8"]
     assert all(float(line.split("tensor(")[1].split(",")[0]) < 1e-5 for line in output.splitlines())

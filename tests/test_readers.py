@@ -138,6 +138,20 @@ def shuffled_at_the_end(m: Net, x: Tensor) -> Tensor:
     return nn.PixelShuffle(2)(F.relu(m.conv(reflect(y))))
 
 
+def shuffled_and_finished(m: Net, x: Tensor) -> Tensor:
+    """Sub-pixel upsampling at a network's end: a biased convolution, the shuffle, then its norm."""
+    y = F.conv2d(reflect(x), m.conv.weight.repeat(4, 1, 1, 1), m.conv.bias.repeat(4))
+    return F.relu(m.norm(nn.PixelShuffle(2)(y)))
+
+
+def filter_response(m: Net, x: Tensor) -> Tensor:
+    """A norm that subtracts no mean, with its thresholded linear unit (Singh and Krishnan, 2020)."""
+    y = m.conv(reflect(x))
+    y = y * torch.rsqrt(y.pow(2).mean((2, 3), keepdim=True) + 1e-6)
+    g, h = (v.view(1, -1, 1, 1) for v in (m.norm.weight, m.norm.bias))
+    return m.same(F.pad(torch.max(g * y + h, h), (1, 1, 1, 1)))
+
+
 def bilinear(m: Net, x: Tensor) -> Tensor:
     y = F.interpolate(F.relu(m.norm(m.same(x))), scale_factor=2, mode="bilinear", align_corners=False)
     return F.relu(m.plain(m.conv(reflect(y))))
@@ -163,6 +177,8 @@ CASES = {
     "sliced picture": Case(slice_into_a_convolution, ["conv2d", "normalize"], 0),
     "pixel shuffle": Case(shuffled, ["conv2d", "instance_statistics", "conv2d"], 0),
     "pixel shuffle at the end": Case(shuffled_at_the_end, ["conv2d", "conv2d"], 0),
+    "pixel shuffle and its norm": Case(shuffled_and_finished, ["conv2d", "instance_norm"], 0),
+    "filter response norm": Case(filter_response, ["conv2d", "conv2d"], 0),
     "bilinear": Case(bilinear, ["conv2d", "normalize", "conv2d", "normalize"], 0),
 }
 

@@ -1,12 +1,14 @@
 import copy
 import os
 import shutil
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import LAYOUTS, relative_error
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sf_compile.backend import styleforge
 from sf_compile.models import MultiStyleNet, TensorFlowTransformNet, TransformerNet
@@ -235,3 +237,32 @@ def test_a_deep_copy_of_a_compiled_model_is_independent():
         assert not torch.equal(twin(x), net(x))
     for out, expected in ((twins[1](x), twins[0](x)), (run(x), net(x))):
         assert relative_error(out.detach(), expected.detach()) < 2e-5
+
+
+class _Gradients(TorchDispatchMode):
+    """Notes whether what PyTorch differentiates a convolution by is planar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.planar: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default:
+            self.planar.append(all(x.is_contiguous() for x in args[:3]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_strided_kernel_of_1_is_differentiated_in_planes_on_a_cpu():
+    """In channels_last PyTorch 2.13 writes behind the gradient of its weight."""
+    down = nn.Conv2d(3, 3, 1, stride=2)
+    model = nn.Sequential(
+        nn.ReflectionPad2d(1), nn.Conv2d(3, 3, 3), nn.InstanceNorm2d(3), nn.ReLU(),
+        down, nn.InstanceNorm2d(3), nn.ReflectionPad2d(1), nn.Conv2d(3, 3, 3),
+    )  # fmt: skip
+    x = torch.randn(2, 3, 12, 10)
+    out = torch.compile(model, backend=styleforge, fullgraph=True)(x)
+    with _Gradients() as gradients:
+        (ours,) = torch.autograd.grad(out.pow(2).sum(), [down.weight])
+    assert gradients.planar.count(True) >= 1 and gradients.planar[1]
+    (theirs,) = torch.autograd.grad(model(x).pow(2).sum(), [down.weight])
+    assert relative_error(ours, theirs) < 1e-4

@@ -14,8 +14,12 @@ from torch import fx, nn
 from sf_compile.backend import styleforge
 from sf_compile.models import TransformerNet
 
-# Measured on two shared CPU cores: 0.4 to 0.8 % of Dynamo's time where nothing is fused; docs/fuzzing.md.
-LARGEST_SHARE = 0.10
+# Of Dynamo's time; docs/fuzzing.md has what was measured. Both are times of this thread in one process, which
+# a busy machine stretches alike; what it may stretch one of them by alone (a cache that others took, a
+# collection of garbage) is why the best of three counts. Measured were 1 % at most where nothing is fused,
+# and where all is 3 %, but 4 to 6 % on a busy machine: hence twice the limit there.
+LARGEST_SHARE = 0.05
+LARGEST_SHARE_FUSED = 0.10
 
 
 class Timed:
@@ -53,10 +57,10 @@ def test_in_training_too(name):
     assert backend.same and all(backend.same)
 
 
-def share(network: nn.Module, x: torch.Tensor) -> float:
+def share(network: nn.Module, x: torch.Tensor, limit: float) -> float:
     """Our part of the time that it takes to compile ``network``; the best of three where one is too large."""
     shares: list[float] = []
-    while len(shares) < 3 and not any(measured < LARGEST_SHARE for measured in shares):
+    while len(shares) < 3 and not any(measured < limit for measured in shares):
         torch._dynamo.reset()
         backend = Timed()
         with torch.no_grad():
@@ -69,8 +73,9 @@ def share(network: nn.Module, x: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_looking_costs_little_of_dynamos_time(name):
-    assert share(*NETWORKS[name]()) < LARGEST_SHARE
+    assert share(*NETWORKS[name](), LARGEST_SHARE) < LARGEST_SHARE
 
 
 def test_fusing_costs_little_of_dynamos_time():
-    assert share(TransformerNet(16, 5).eval(), torch.rand(1, 3, 32, 32)) < LARGEST_SHARE
+    network, x = TransformerNet(16, 5).eval(), torch.rand(1, 3, 32, 32)
+    assert share(network, x, LARGEST_SHARE_FUSED) < LARGEST_SHARE_FUSED

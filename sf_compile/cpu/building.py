@@ -35,7 +35,7 @@ from sf_compile.cuda.compiler import source_directory
 VARIABLE = "STYLEFORGE_CPU_KERNELS"
 """Set to 0 (or off, false, no) to do without the C++ kernels."""
 
-KERNELS = ("statistics", "finish", "assemble", "winograd")
+KERNELS = ("statistics", "groups", "finish", "layout", "assemble", "winograd")
 
 _MAGIC = b"\nsf_compile cpu kernels 1\n"
 _HASH_BYTES = hashlib.sha256().digest_size

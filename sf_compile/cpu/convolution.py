@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sf_compile.cpu import kernels
+from sf_compile.cpu.forms import is_subpixel, is_winograd
 from sf_compile.cuda.packing import packed
 from sf_compile.ops import reference
 from sf_compile.ops.conv2d import Arguments, absent
 
 _FEW_CHANNELS = 4
 _LEAST_COLUMNS = 5
-_WINOGRAD_LEAST_CHANNELS = 32  # below, its transforms cost more than its products save
 _WINOGRAD_LEAST_PIXELS = 256  # of the output; below, reading 16/9 of the weights costs more
 
 
@@ -43,29 +43,15 @@ def form_of(a: Arguments, dtype: torch.dtype) -> int:
     kernel, stride = tuple(a.weight.shape[2:]), tuple(a.stride)
     if a.transposed or dtype != torch.float32 or stride != (1, 1):
         return kernels.DIRECT
-    if a.upsample == 2 and kernel == (3, 3) and tuple(a.padding) == (1, 1, 1, 1):
+    if is_subpixel(kernel, stride, a.upsample, tuple(a.padding)):
         return kernels.SUBPIXEL
     if a.out_channels <= _FEW_CHANNELS and kernel[1] >= _LEAST_COLUMNS:
         return kernels.COLUMNS
-    if kernel == (3, 3) and _winograd_pays(a):
+    n, _, height, width = _shape(a)
+    enough = n * height * width >= _WINOGRAD_LEAST_PIXELS
+    if enough and is_winograd(kernel, stride, a.input.shape[1], a.out_channels):
         return kernels.WINOGRAD
     return kernels.DIRECT
-
-
-@functools.cache
-def _has_vectors() -> bool:
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-
-
-def _winograd_pays(a: Arguments) -> bool:
-    n, _, height, width = _shape(a)
-    return (
-        _has_vectors()
-        and n * height * width >= _WINOGRAD_LEAST_PIXELS
-        and min(a.input.shape[1], a.out_channels) >= _WINOGRAD_LEAST_CHANNELS
-        and a.input.shape[1] % kernels.WINOGRAD_CHANNELS == 0
-        and a.out_channels % kernels.WINOGRAD_CHANNELS == 0
-    )
 
 
 def _direct_weights(weight: Tensor) -> Tensor:
@@ -126,7 +112,7 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             result = F.conv2d(padded, weight, bias, list(a.stride))
     else:
         result = F.conv2d(padded, weight)
-    result = reference.layout(result, last)
+    result = kernels.layout(result, last)
     if form != kernels.DIRECT or (last and (result.dtype != x.dtype or a.output_activation != "none")):
         shape = result.shape if form == kernels.DIRECT else _shape(a)
         bias = None if form == kernels.DIRECT else a.bias
@@ -144,7 +130,7 @@ def _results(
     a: Arguments, result: Tensor, mean: Tensor | None, variance: Tensor | None, kept: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        reference.layout(result, a.channels_last),
+        kernels.layout(result, a.channels_last),
         absent(a.input, torch.float32) if mean is None else mean,
         absent(a.input, torch.float32) if variance is None else variance,
         absent(a.input, a.input.dtype) if kept is None else kept,
@@ -171,12 +157,12 @@ def _prepared(a: Arguments, form: int, dtype: torch.dtype, last: bool) -> tuple[
         padding = [0, 0, 0, 0]
     same = upsample == 1 and not any(padding) and dtype == a.input.dtype
     if same and not a.normalizes:
-        return reference.layout(a.input, last), None
+        return kernels.layout(a.input, last), None
     padded, kept = kernels.finish(
         a.input, a.norm, a.residual, last, upsample=upsample, padding=padding, padding_mode=mode, dtype=dtype,
         keep=a.keep_input,
     )  # fmt: skip
-    return padded, kept if kept is None else reference.layout(kept, a.channels_last)
+    return padded, kept if kept is None else kernels.layout(kept, a.channels_last)
 
 
 def _activated(x: Tensor, activation: str) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sf_compile.activations import parse
 from sf_compile.cpu import building
+from sf_compile.cpu.forms import WINOGRAD_CHANNELS
 from sf_compile.ops import reference
 from sf_compile.ops.library import empty_image
 from sf_compile.ops.normalize import Norm
@@ -46,6 +47,14 @@ class _Statistics(ctypes.Structure):
     )
 
 
+class _Groups(ctypes.Structure):
+    _fields_ = (
+        *_fields(c_void_p, "mean variance mean_out variance_out"),
+        *_fields(c_int64, "groups channels has_outer_eps"),
+        *_fields(c_double, "bessel outer_eps constant_root"),
+    )
+
+
 class _Finish(ctypes.Structure):
     _fields_ = (
         *_fields(c_void_p, "input residual output kept mean variance weight bias"),
@@ -62,6 +71,13 @@ class _Assemble(ctypes.Structure):
         *_fields(c_void_p, "input output bias mean variance"),
         *_fields(c_int64, "dtype output_dtype form columns images channels height width"),
         ("activation", _Activation),
+    )
+
+
+class _Layout(ctypes.Structure):
+    _fields_ = (
+        *_fields(c_void_p, "input output"),
+        *_fields(c_int64, "dtype images rows columns image_stride row_stride"),
     )
 
 
@@ -115,6 +131,16 @@ def _step(vector: Tensor | None) -> int:
     return 0 if vector is None or vector.dim() == 1 else vector.shape[1]
 
 
+_STEPS = c_int64 * 3
+_NO_STEPS = _STEPS(0, 0, 0)
+
+
+def _steps(x: Tensor, channels_last: bool) -> Any:
+    """From image to image, row to row and pixel to pixel; of planes from image, channel and row."""
+    n, c, h, w = x.stride()
+    return _STEPS(n, h, w) if channels_last else _STEPS(n, c, h)
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of a pixel lie beside each other, whatever the other strides."""
     return x.stride(1) == 1 or x.shape[1] == 1
@@ -128,18 +154,54 @@ def is_planar(x: Tensor) -> bool:
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (N, C) over the pixels of every (image, channel) of (N, C, H, W)."""
     n, c, h, w = x.shape
-    step = x.stride(3) if w > 1 else x.stride(2) if h > 1 else 1
-    if (h > 1 and w > 1 and x.stride(2) != w * step) or not (step == 1 or is_channels_last(x)):
+    of_image, of_channel, of_row, of_pixel = x.stride()
+    step = of_pixel if w > 1 else of_row if h > 1 else 1
+    if (h > 1 and w > 1 and of_row != w * step) or not (step == 1 or of_channel == 1 or c == 1):
         return statistics(x.contiguous())
     planar = step == 1
-    mean, variance = (torch.empty((n, c), dtype=torch.float32) for _ in range(2))
+    mean, variance = torch.empty((n, c), dtype=torch.float32), torch.empty((n, c), dtype=torch.float32)
     _function("statistics", _Statistics)(
         _Statistics(
             x.data_ptr(), mean.data_ptr(), variance.data_ptr(), _DTYPES[x.dtype], planar, n, c, h * w,
-            x.stride(0), x.stride(1) if planar else step,
+            of_image, of_channel if planar else step,
         )
     )  # fmt: skip
     return mean, variance
+
+
+def norm_statistics(
+    mean: Tensor, variance: Tensor, groups: int | None, bessel: float, outer_eps: float | None
+) -> tuple[Tensor, Tensor]:
+    """``reference.norm_statistics`` of float32 statistics (N, C)."""
+    n, c = mean.shape
+    mean, variance = mean.contiguous(), variance.contiguous()
+    out = torch.empty((n, c), dtype=torch.float32), torch.empty((n, c), dtype=torch.float32)
+    groups = c if groups is None else groups
+    _function("groups", _Groups)(
+        _Groups(
+            mean.data_ptr(), variance.data_ptr(), out[0].data_ptr(), out[1].data_ptr(), n * groups,
+            c // groups, outer_eps is not None, bessel, outer_eps or 0.0, reference.CONSTANT_ROOT,
+        )
+    )  # fmt: skip
+    return out
+
+
+def layout(x: Tensor, channels_last: bool) -> Tensor:
+    """``x`` (N, C, H, W) with the strides of ``reference.layout``: itself where it has them."""
+    n, c, h, w = x.shape
+    of_image, of_channel, of_row, of_pixel = x.stride()
+    planar, pixels = of_pixel == 1, h * w
+    is_other = planar == channels_last and (planar or of_channel == 1) and of_row == w * of_pixel
+    if not is_other or c == 1 or pixels == 1 or x.dtype not in _DTYPES:
+        return reference.layout(x, channels_last)
+    output = empty_image(x.shape, x, channels_last)
+    _function("layout", _Layout)(
+        _Layout(
+            x.data_ptr(), output.data_ptr(), _DTYPES[x.dtype], n, *((c, pixels) if planar else (pixels, c)),
+            of_image, of_channel if planar else of_pixel,
+        )
+    )  # fmt: skip
+    return output
 
 
 def finish(
@@ -163,25 +225,22 @@ def finish(
     dtype = x.dtype if dtype is None else dtype
     left, right, top, bottom = padding
     fits = is_channels_last if channels_last else is_planar
-    x = x if fits(x) else reference.layout(x, channels_last)
+    x = x if fits(x) else layout(x, channels_last)
     if residual is not None and not fits(residual):
-        residual = reference.layout(residual, channels_last)
-    vectors = [_vector(vector) for vector in norm[:4]]
-    steps = map(_step, (norm.mean, norm.weight, norm.bias))
-    shape = n, c, h * upsample + top + bottom, w * upsample + left + right
+        residual = layout(residual, channels_last)
+    mean, variance, weight, bias = map(_vector, norm[:4])
     output = torch.empty(
-        shape, dtype=dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+        (n, c, h * upsample + top + bottom, w * upsample + left + right), dtype=dtype,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )  # fmt: skip
     same = dtype == x.dtype and upsample == 1 and not any(padding)
-    kept = empty_image(x.shape, x, channels_last) if keep and not same else None
-    axes = (0, 2, 3) if channels_last else (0, 1, 2)
-    strides = c_int64 * 3
+    kept = empty_image((n, c, h, w), x, channels_last) if keep and not same else None
     _function("finish", _Finish)(
         _Finish(
-            x.data_ptr(), _pointer(residual), output.data_ptr(), _pointer(kept), *map(_pointer, vectors),
-            *steps, _DTYPES[x.dtype], _DTYPES[dtype], not channels_last, n, c, h, w,
-            strides(*(x.stride(i) for i in axes)),
-            strides(*(0 if residual is None else residual.stride(i) for i in axes)),
+            x.data_ptr(), _pointer(residual), output.data_ptr(), _pointer(kept), _pointer(mean),
+            _pointer(variance), _pointer(weight), _pointer(bias), _step(mean), _step(weight), _step(bias),
+            _DTYPES[x.dtype], _DTYPES[dtype], not channels_last, n, c, h, w, _steps(x, channels_last),
+            _NO_STEPS if residual is None else _steps(residual, channels_last),
             upsample, left, right, top, bottom, _MODES[padding_mode], norm.eps, _activation(norm.activation),
         )
     )  # fmt: skip
@@ -204,7 +263,7 @@ def assemble(
         output = torch.empty(tuple(shape), dtype=dtype, memory_format=torch.channels_last)
     mean = variance = None
     if want_statistics:
-        mean, variance = (torch.empty((n, c), dtype=torch.float32) for _ in range(2))
+        mean, variance = torch.empty((n, c), dtype=torch.float32), torch.empty((n, c), dtype=torch.float32)
     _function("assemble", _Assemble)(
         _Assemble(
             result.data_ptr(), output.data_ptr(), _pointer(bias), _pointer(mean), _pointer(variance),
@@ -212,10 +271,6 @@ def assemble(
         )
     )  # fmt: skip
     return output, mean, variance
-
-
-WINOGRAD_CHANNELS = 16
-"""What the channels of ``winograd`` are multiples of."""
 
 
 def winograd_weights(weight: Tensor) -> Tensor:
@@ -242,7 +297,8 @@ def winograd(
     output = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
     mean = variance = None
     if want_statistics:
-        mean, variance = (torch.empty(shape[:2], dtype=torch.float32) for _ in range(2))
+        mean = torch.empty(shape[:2], dtype=torch.float32)
+        variance = torch.empty(shape[:2], dtype=torch.float32)
     _function("winograd", _Winograd)(
         _Winograd(
             padded.data_ptr(), output.data_ptr(), weights.data_ptr(), _pointer(bias), _pointer(mean),

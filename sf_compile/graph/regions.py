@@ -45,10 +45,10 @@ class Region(nn.Module):
     @property
     def sites(self) -> tuple[str, ...]:
         """For each op the names of its sites' anchors, as ``rewrite`` noted them, one after another."""
-        return tuple(site for op in filter(_is_op, self.inner.graph.nodes) for site in op.meta["sites"])
+        return tuple(site for op in filter(is_op, self.inner.graph.nodes) for site in op.meta["sites"])
 
     def __str__(self) -> str:
-        ops = sum(map(_is_op, self.inner.graph.nodes))
+        ops = sum(map(is_op, self.inner.graph.nodes))
         return f"{ops} ops in one call, of {', '.join(dict.fromkeys(self.sites))}"
 
 
@@ -72,7 +72,8 @@ def group(gm: fx.GraphModule, runner: Callable[[fx.GraphModule], Callable[..., A
     return regions
 
 
-def _is_op(node: fx.Node) -> bool:
+def is_op(node: fx.Node) -> bool:
+    """Whether ``node`` calls one of the ops that a region may hold."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target.name() in {f"styleforge::{op}" for op in OPS}
 
@@ -86,7 +87,7 @@ def _clear(graph: fx.Graph) -> None:
     fixed = frozenset(barriers(graph))
     run: dict[fx.Node, None] = {}
     for node in list(graph.nodes):
-        if _is_op(node) or (node.target is getitem and node.args[0] in run):
+        if is_op(node) or (node.target is getitem and node.args[0] in run):
             run[node] = None
         elif node.users and node not in fixed and not any(input in run for input in node.all_input_nodes):
             if run and node.op != "placeholder":
@@ -99,7 +100,7 @@ def _runs(graph: fx.Graph) -> list[list[fx.Node]]:
     """The longest runs of neighbouring ops, and of what is taken out of their results, worth a region."""
     runs: list[list[fx.Node]] = [[]]
     for node in graph.nodes:
-        if _is_op(node) or (node.target is getitem and node.args[0] in runs[-1]):
+        if is_op(node) or (node.target is getitem and node.args[0] in runs[-1]):
             runs[-1].append(node)
         elif runs[-1]:
             runs.append([])
@@ -108,7 +109,7 @@ def _runs(graph: fx.Graph) -> list[list[fx.Node]]:
 
 def _stands_for(run: list[fx.Node]) -> int:
     """How many ops ``rewrite`` wrote for what ``run`` does, at least."""
-    return sum(len(node.meta["sites"]) for node in run if _is_op(node))
+    return sum(len(node.meta["sites"]) for node in run if is_op(node))
 
 
 def _results(run: list[fx.Node]) -> list[fx.Node]:

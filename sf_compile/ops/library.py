@@ -24,8 +24,9 @@ _TAGS = tuple(
 )
 
 
+CPU: dict[str, Callable[..., Any]] = {}
 CUDA: dict[str, Callable[..., Any]] = {}
-"""The CUDA kernel of each op by its name, for callers that have nothing to gain from the dispatcher."""
+"""The CPU and CUDA kernel of each op by its name, for callers with nothing to gain from the dispatcher."""
 
 
 def register(
@@ -47,7 +48,7 @@ def register(
     LIBRARY.define(schema, tags=_TAGS)
     LIBRARY.impl(name, cpu, "CPU")
     LIBRARY.impl(name, cuda, "CUDA")
-    CUDA[name] = cuda
+    CPU[name], CUDA[name] = cpu, cuda
     torch.library.register_fake(f"styleforge::{name}", fake, lib=LIBRARY)
     torch.library.register_autograd(
         f"styleforge::{name}", backward, setup_context=setup_context, lib=LIBRARY

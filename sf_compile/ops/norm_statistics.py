@@ -75,9 +75,12 @@ def _check(a: Arguments) -> None:
 
 
 def _cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from sf_compile.cpu import kernels
+
     a = Arguments(*arguments)
     _check(a)
-    return reference.norm_statistics(a.mean, a.variance, a.groups, a.bessel, a.outer_eps)
+    compute = kernels.norm_statistics if kernels.take(a.input) else reference.norm_statistics
+    return compute(a.mean, a.variance, a.groups, a.bessel, a.outer_eps)
 
 
 def _cuda(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -12,15 +12,20 @@ def runner(inner: fx.GraphModule) -> Callable[..., Any]:
     """What computes ``inner``, a graph of ``styleforge`` ops with a tuple of tensors as its result.
 
     On a GPU its kernels are launched anew for a call like an earlier one, where that is all there is to do
-    (``sf_compile.cuda.repeated``); elsewhere ``inner`` runs as it is.
+    (``sf_compile.cuda.repeated``); elsewhere its ops are called one by one (``sf_compile.cpu.region``).
     """
+    on_cpu: Callable[..., Any] | None = None
     on_cuda: Callable[..., Any] | None = None
 
     def run(*inputs: Any) -> Any:
-        nonlocal on_cuda
+        nonlocal on_cpu, on_cuda
         first = next((x for x in inputs if isinstance(x, Tensor)), None)
         if first is None or not first.is_cuda:
-            return inner.forward(*inputs)
+            if on_cpu is None:
+                from sf_compile.cpu.region import Direct
+
+                on_cpu = Direct(inner)
+            return on_cpu(*inputs)
         if on_cuda is None:
             from sf_compile.cuda.repeated import Repeated
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sf_compile.ops.checks import require
 from sf_compile.ops.conv2d import Arguments as Convolution
 from sf_compile.ops.conv2d import check, conv2d
-from sf_compile.ops.library import CUDA, LIBRARY
+from sf_compile.ops.library import CPU, CUDA, LIBRARY
 from sf_compile.precision import storage
 
 SCHEMA = (
@@ -114,6 +114,11 @@ def _on_cuda(convolve: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Ten
     return _layers(convolve, a)
 
 
+def _on_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The trunk by calls of the convolution's CPU implementation; keeps nothing for a gradient."""
+    return _layers(CPU["conv2d"], _checked(arguments))
+
+
 def _may_run_at_once(a: Arguments) -> bool:
     """Whether nobody would miss the single calls: plain CUDA tensors, no gradient, no mode or tracer."""
     if not a.input.is_cuda:
@@ -135,5 +140,6 @@ def _residual_trunk(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 LIBRARY.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.impl("residual_trunk", _residual_trunk, "CompositeImplicitAutograd")
+CPU["residual_trunk"] = _on_cpu
 CUDA["residual_trunk"] = functools.partial(_on_cuda, CUDA["conv2d"])
 residual_trunk = torch.ops.styleforge.residual_trunk.default

@@ -1,6 +1,7 @@
 """Compare many networks in several processes: PYTHONPATH=.:tests python -m fuzz --device cuda --processes 16
 
-Process i of them draws its networks with the seed 1000 * seed + i. Its output is kept where it fails.
+Process i of them draws its networks with the seed 1000 * seed + i. Where it fails its output is kept, and the
+simplest network that failed as a file that runs alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from fuzz.programs import printed
 
 ROOT = Path(__file__).parents[2]
 TESTS = {"cpu": "test_compiled_equals_eager", "cuda": "test_compiled_equals_eager_on_a_gpu"}
@@ -54,7 +57,12 @@ def main() -> int:
         if code:
             failed += 1
             print(f"seed {seed} failed; all of its output is in {folder / f'{seed}.txt'}")
-            print("\n".join(line for line in text.splitlines() if line.startswith("E ")))
+            network = printed(text)
+            if network is not None:
+                (folder / f"{seed}.py").write_text(network, encoding="utf-8")
+                print(f"the simplest network that failed, also in {folder / f'{seed}.py'}:\n{network}")
+            errors = (line for line in text.splitlines() if line.startswith("E   ") and "Error" in line)
+            print("\n".join(errors))
     print(
         f"{compared} networks on {options.device}, seeds {seeds[0]} to {seeds[-1]}: {fused} with something "
         f"fused, {failed} of {len(seeds)} processes failed"
