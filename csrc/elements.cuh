@@ -12,8 +12,12 @@ typedef unsigned long long u64;
 
 #define DEVICE __device__ __forceinline__
 
+#define INT8 3   // of numbers rounded to multiples of a unit: written by csrc/normalize.cu alone
+#define UINT8 4
 template <int kDtype> struct Storage { typedef u16 type; };
 template <> struct Storage<0> { typedef float type; };
+template <> struct Storage<INT8> { typedef signed char type; };
+template <> struct Storage<UINT8> { typedef unsigned char type; };
 
 DEVICE float half_to_float(u16 bits) {
   float value;
@@ -53,6 +57,23 @@ template <int kDtype> DEVICE u32 pack(float first, float second) {
   return bits;
 }
 
+// Four neighbouring numbers, each rounded to the nearest 8-bit integer, ties to even; NaN becomes 0.
+template <int kDtype> DEVICE u32 pack_bytes(float a, float b, float c, float d) {
+  u32 high, all;
+#define PACK_BYTES(TYPE)                                                                        \
+  asm("cvt.pack.sat." TYPE ".s32.b32 %0, %1, %2, 0;" : "=r"(high) : "r"(__float2int_rn(d)), "r"(__float2int_rn(c))); \
+  asm("cvt.pack.sat." TYPE ".s32.b32 %0, %1, %2, %3;"                                           \
+      : "=r"(all)                                                                               \
+      : "r"(__float2int_rn(b)), "r"(__float2int_rn(a)), "r"(high))
+  if constexpr (kDtype == INT8) {
+    PACK_BYTES("s8");
+  } else {
+    PACK_BYTES("u8");
+  }
+#undef PACK_BYTES
+  return all;
+}
+
 typedef Storage<DTYPE>::type element;
 typedef Storage<PARAMETER>::type parameter;
 
@@ -75,7 +96,12 @@ struct alignas(kCount * sizeof(typename Storage<kDtype>::type)) Vector {
 
 template <int kDtype = DTYPE, int kCount> DEVICE Vector<kCount, kDtype> from_floats(const float (&values)[kCount]) {
   Vector<kCount, kDtype> out;
-  if constexpr (kDtype != 0 && kCount > 1) {
+  if constexpr (kDtype >= INT8) {
+    u32* words = reinterpret_cast<u32*>(out.values);
+#pragma unroll
+    for (int i = 0; i < kCount / 4; i++)
+      words[i] = pack_bytes<kDtype>(values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3]);
+  } else if constexpr (kDtype != 0 && kCount > 1) {
     u32* pairs = reinterpret_cast<u32*>(out.values);
 #pragma unroll
     for (int i = 0; i < kCount / 2; i++) pairs[i] = pack<kDtype>(values[2 * i], values[2 * i + 1]);

@@ -19,10 +19,13 @@
 //    window (x - 1, x) instead and write the columns 2x and 2x - 1, over one window more.
 //  * A transposed convolution of stride 2 with up to 4x4 taps, cut to twice the picture, sees the same 2x2 pixels: it
 //    is this form with zeros around the source, and with weights of another packing.
+//  * QUANTIZED, a finished input and the weights are 8-bit integers, the sums exact. Each row of the product has a scale
+//    of its own, behind the weights, which times `input_scale` is what a sum is multiplied by. Integers have no NaN: where
+//    a mean or a variance of the input's norm is not finite, so is all of that image's output.
 //
 // Constants: DTYPE, PARAMETER, CHANNELS (in), OUT_CHANNELS, KERNEL_H, KERNEL_W, STRIDE (1, 2), SUBPIXEL, PAD (0 none,
-// 1 zeros, 2 reflect, 3 replicate; of the source when SUBPIXEL), SLOT_CHANNELS (16, 32; of float32 8, 16), SLOTS,
-// STREAMED, TRANSFORM (0 where the input is finished), ACTIVATION (of activation.cuh: one of its first few), STATISTICS, BIAS,
+// 1 zeros, 2 reflect, 3 replicate; of the source when SUBPIXEL), SLOT_CHANNELS (16, 32; of float32 8, 16; of 8 bits 32, 64),
+// SLOTS, STREAMED, QUANTIZED (of hopper.cuh), TRANSFORM (0 where the input is finished), ACTIVATION (of activation.cuh: one of its first few), STATISTICS, BIAS,
 // OUTPUT_ACTIVATION.
 #define MMA_N 256
 #define WIDE_STRIDE (STRIDE == 2 && PIXEL_BYTES == 64)  // needs more registers to prepare its slots
@@ -31,6 +34,12 @@
 #include "halo_tile.cuh"
 #include "operand_chunk.cuh"
 
+#if QUANTIZED
+#define INPUT_SCALE , float input_scale
+#else
+#define INPUT_SCALE
+#endif
+
 extern "C" __global__ void __launch_bounds__(384, 1)
     halo_conv(const __grid_constant__ TensorMap map, const __grid_constant__ OutMaps out_maps,
               const unsigned char* __restrict__ weights, const float* mean, const float* variance,
@@ -38,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
               i64 bias_stride, Activation activation, Activation output_activation, element* out, const element* bias,
               SumsWorkspace* workspace, float* out_mean, float* out_variance, int images, int height, int width,
               int out_height, int out_width, int top, int left, int tiles_x, int tiles_per_image, u64 line_reciprocal,
-              u64 image_reciprocal) {
+              u64 image_reciprocal INPUT_SCALE) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const u32 stages = shared_address(shared), slots = stages + 4 * STAGE_BYTES, weight_base = slots + SLOTS * SLOT_BYTES;
   const u32 affines = weight_base + (STREAMED ? 0 : DEPTH * WEIGHT_BYTES);
@@ -227,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   } else {                  // two warpgroups that multiply, a tile each in turn
     // 128 x 120 + 256 x 192, or 152 and 176, is what 384 threads are launched with.
     take_registers<WIDE_STRIDE ? 176 : 192>();
-    float d[MMA_N / 2];
+    Sum d[MMA_N / 2];
     // A lane's two rows of the product are output channels channel and channel + 8.
     const int row = row_block * 64 + warp * 16, phase = row / PHASE_ROWS, channel0 = row % PHASE_ROWS;
     const int channel = channel0 + (lane >> 2);
@@ -241,6 +250,24 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       for (int i = 0; i < 2; i++)
         if (channel + 8 * i < OUT_CHANNELS) add[i] = to_float<DTYPE>(bias[channel + 8 * i]);
     }
+#if QUANTIZED
+    float unit[2];  // of this lane's two rows
+    wait_for_previous();
+    auto take_unit = [&](int image) {
+      u32 finite = 1;
+      for (int c = thread; c < CHANNELS; c += 128) {
+        const i64 at = image * image_stride + c;
+        finite &= fabsf(mean[at]) + fabsf(variance[at]) < __int_as_float(0x7f800000);
+      }
+      finite = all_of(2 + group, 128, finite);
+      const float* scales = reinterpret_cast<const float*>(weights + (i64)ROW_BLOCKS * DEPTH * WEIGHT_BYTES);
+      for (int k = 0; k < 2; k++)
+        unit[k] = finite ? scales[row + (lane >> 2) + 8 * k] * input_scale : __int_as_float(0x7fffffff);
+    };
+    auto sum = [&](int i) { return __int2float_rn(d[i]) * unit[i >> 1 & 1]; };
+#else
+    auto sum = [&](int i) { return d[i]; };
+#endif
     // Registers are scarce: the block's number of tiles is in shared memory, and what follows too.
     // Of the first thread: tiles of the image that this warpgroup has added.
     auto counted = [&](int more) {
@@ -282,6 +309,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         }
         __syncwarp();
       };
+#if QUANTIZED
+      if (const int next_image = tile_at(j).image; next_image != image) take_unit(next_image);
+#endif
       if (j > 0) barrier_wait(order, (j - 1) & 1);  // the other warpgroup has issued all products of tile j - 1
       int use = j * DEPTH;
 #pragma unroll 1
@@ -317,7 +347,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       release(use - 1, next);
       // Two neighbouring accumulators, of one channel, as they are written.
       auto finished = [&](int i) {
-        const float bias_i = add[i >> 1 & 1], a = BIAS ? d[i] + bias_i : d[i], b = BIAS ? d[i + 1] + bias_i : d[i + 1];
+        const float bias_i = add[i >> 1 & 1];
+        const float a = BIAS ? sum(i) + bias_i : sum(i), b = BIAS ? sum(i + 1) + bias_i : sum(i + 1);
         if (OUTPUT_ACTIVATION == RECTIFIED) return rounded_relu(a, b);
         return rounded(activate_and_scale<OUTPUT_ACTIVATION>(a, output_activation),
                        activate_and_scale<OUTPUT_ACTIVATION>(b, output_activation));

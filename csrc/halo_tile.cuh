@@ -17,7 +17,8 @@
 #define ZOOM (SUBPIXEL ? 2 : 1)
 
 #define ELEMENT_BYTES (DTYPE == 0 ? 4 : 2)
-#define PIXEL_BYTES (SLOT_CHANNELS * ELEMENT_BYTES)  // 32 or 64
+#define OPERAND_BYTES (QUANTIZED ? 1 : ELEMENT_BYTES)
+#define PIXEL_BYTES (SLOT_CHANNELS * OPERAND_BYTES)  // of a slot: 32 or 64
 #define CHUNKS (PIXEL_BYTES / 16)
 #define PLANE_W (TILE_W + (TAPS_X - 1) / STRIDE)
 #define PLANE_H (TILE_H + (TAPS_Y - 1) / STRIDE)

@@ -2,6 +2,7 @@
 // warpgroup products (wgmma), shared-memory barriers (mbarrier), bulk and tensor copies (TMA). sm_90a only.
 //
 // MMA_N, the columns of a product, is defined by the including file: 96, 128, 136, 184, 192, 200, 240 or 256.
+// QUANTIZED 1 or 2: products of 8-bit integers in exact 32-bit sums, the columns' operand signed (1) or unsigned (2).
 #pragma once
 #include "dependent_launch.cuh"
 #include "elements.cuh"
@@ -47,7 +48,17 @@ template <int kPending> DEVICE void wgmma_wait() {
   REGISTERS_100 "," S8(100, 101, 102, 103, 104, 105, 106, 107) ","  \
   S8(108, 109, 110, 111, 112, 113, 114, 115) ",%116,%117,%118,%119"
 #define REGISTERS_128 REGISTERS_120 "," S8(120, 121, 122, 123, 124, 125, 126, 127)
-#define F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#ifndef QUANTIZED
+#define QUANTIZED 0
+#endif
+#if QUANTIZED
+typedef int Sum;
+#define SUM "+r"
+#else
+typedef float Sum;
+#define SUM "+f"
+#endif
+#define F4(d, i) SUM(d[i]), SUM(d[i + 1]), SUM(d[i + 2]), SUM(d[i + 3])
 #define F8(d, i) F4(d, i), F4(d, i + 4)
 #define F32(d, i) F8(d, i), F8(d, i + 8), F8(d, i + 16), F8(d, i + 24)
 
@@ -127,8 +138,16 @@ template <int kPending> DEVICE void wgmma_wait() {
 
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
-// A product is 32 bytes deep: 16 elements of 16 bits, or 8 of float32, of which it takes TF32's 19 bits.
-#if DTYPE == 0
+// A product is 32 bytes deep: 16 elements of 16 bits, 32 of 8, or 8 of float32, of which it takes TF32's 19 bits.
+#if QUANTIZED
+#if QUANTIZED == 1
+#define MMA_TYPES "k32.s32.s8.s8"
+#else
+#define MMA_TYPES "k32.s32.s8.u8"
+#endif
+#define MMA_MAJORS ""
+#define MMA_MAJOR ""
+#elif DTYPE == 0
 #define MMA_TYPES "k8.f32.tf32.tf32"
 #define MMA_MAJORS ""  // both operands are K-major: 16-bit types could be otherwise
 #define MMA_MAJOR ""
@@ -137,24 +156,29 @@ template <int kPending> DEVICE void wgmma_wait() {
 #else
 #define MMA_TYPES "k16.f32.bf16.bf16"
 #endif
-#if DTYPE != 0
+#if !QUANTIZED
+#define MMA_SIGNS ", 1, 1"  // neither operand is negated
+#else
+#define MMA_SIGNS ""
+#endif
+#if DTYPE != 0 && !QUANTIZED
 #define MMA_MAJORS ", 0, 0"
 #define MMA_MAJOR ", 0"
 #endif
 #define WGMMA "wgmma.mma_async.sync.aligned.m64n" TEXT(MMA_N) MMA_TYPES " {" MMA_REGISTERS "}, "
 
-// d[64 x MMA_N] = a[64 x k] * b[MMA_N x k]^T (+ d if `accumulate`), both operands in shared memory, k 16 or 8. Row r
+// d[64 x MMA_N] = a[64 x k] * b[MMA_N x k]^T (+ d if `accumulate`), both operands in shared memory, k 32 bytes. Row r
 // of a warpgroup's warp w is 16 w + r; a lane holds rows lane/4 and lane/4 + 8 and, of every 8 columns g, the
 // columns 2 (lane%4) and the next: d[4g], d[4g+1] of the first row, d[4g+2], d[4g+3] of the second.
-DEVICE void multiply(float (&d)[MMA_N / 2], u64 a, u64 b, int accumulate) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " O2 ", 0;\n" WGMMA O0 ", " O1 ", p, 1, 1" MMA_MAJORS ";\n}"
+DEVICE void multiply(Sum (&d)[MMA_N / 2], u64 a, u64 b, int accumulate) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " O2 ", 0;\n" WGMMA O0 ", " O1 ", p" MMA_SIGNS MMA_MAJORS ";\n}"
                : MMA_ACCUMULATORS(d)
                : "l"(a), "l"(b), "r"(accumulate));
 }
 // The same with the 64 x k operand in registers (the A fragment of the PTX ISA, four words a thread).
-DEVICE void multiply(float (&d)[MMA_N / 2], const uint4& a, u64 b, int accumulate) {
+DEVICE void multiply(Sum (&d)[MMA_N / 2], const uint4& a, u64 b, int accumulate) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " O5 ", 0;\n" WGMMA "{" O0 "," O1 "," O2 "," O3 "}, " O4
-               ", p, 1, 1" MMA_MAJOR ";\n}"
+               ", p" MMA_SIGNS MMA_MAJOR ";\n}"
                : MMA_ACCUMULATORS(d)
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(accumulate));
 }
@@ -224,6 +248,15 @@ DEVICE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;"
 // Count as one of the `threads` without waiting for them.
 DEVICE void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Whether `holds` is not 0 in all of the `threads` that wait for each other here.
+DEVICE u32 all_of(int id, int threads, u32 holds) {
+  asm volatile(
+      "{\n.reg .pred p, q;\nsetp.ne.u32 p, %0, 0;\nbar.red.and.pred q, %1, %2, p;\nselp.u32 %0, 1, 0, q;\n}"
+      : "+r"(holds)
+      : "r"(id), "r"(threads)
+      : "memory");
+  return holds;
 }
 // Before the tensor cores or the copy engine read what this thread stored to shared memory.
 DEVICE void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -6,7 +6,8 @@
 // Every output pixel finds its source by index arithmetic; nothing else is written.
 // Absent parts are null pointers. Constants: DTYPE, PARAMETER, LAYOUT (below), VECTOR, UPSAMPLE (1 or 2; 0 where
 // the factor is only known at run time), ACTIVATION (of activation.cuh), PAD (0 none, 1 zeros, 2 reflect, 3 replicate),
-// RESIDUAL and OUTPUT (the DTYPE of the residual, and of what is written).
+// RESIDUAL and OUTPUT (the DTYPE of the residual, and of what is written). With an OUTPUT of 8 bits, which channels_last
+// pictures in vectors of 4 or more have, `out` is z * `per_unit` rounded to integers, and `kept` is z in DTYPE.
 #include "activation.cuh"
 #include "dependent_launch.cuh"
 #include "norm.cuh"
@@ -18,6 +19,16 @@
 
 typedef Storage<RESIDUAL>::type added;
 typedef Storage<OUTPUT>::type result;
+#if OUTPUT >= INT8
+#define KEPT DTYPE
+#define PER_UNIT , float per_unit
+#define PASS_UNIT , per_unit
+#else
+#define KEPT OUTPUT
+#define PER_UNIT
+#define PASS_UNIT
+#endif
+typedef Storage<KEPT>::type keeping;
 
 #define UNROLL 4
 // Of a multiprocessor. Functions with an exponential need more registers.
@@ -39,9 +50,9 @@ typedef Storage<OUTPUT>::type result;
 
 #define ARGUMENTS                                                                                          \
   const element *__restrict__ x, const added *__restrict__ residual, result *__restrict__ out,             \
-      result *__restrict__ kept, const float *mean, const float *variance, const parameter *weight,       \
+      keeping *__restrict__ kept, const float *mean, const float *variance, const parameter *weight,       \
       const parameter *bias, float eps, Activation activation, i64 image_stride, i64 weight_stride, i64 bias_stride, \
-      int channels, int height, int width, int run_time_factor, int top, int left, int out_height, int out_width SLOPES
+      int channels, int height, int width, int run_time_factor, int top, int left, int out_height, int out_width SLOPES PER_UNIT
 #define FACTOR (UPSAMPLE ? UPSAMPLE : run_time_factor)
 
 #if LAYOUT == CHANNELS_LAST
@@ -56,8 +67,8 @@ typedef Storage<OUTPUT>::type result;
 // One segment of a row: pixels start, start + columns, ... below end, UNROLL loads in flight.
 template <bool kResidual, bool kKeep> DEVICE void write_row(
     const Affine (&affine)[VECTOR], ACTIVATIONS(activation), const element* from_row, const added* more_row,
-    result* to_row, result* kept_row, bool zero_row, int start, int end, int columns, int channels, int left, int width,
-    int factor) {
+    result* to_row, keeping* kept_row, bool zero_row, int start, int end, int columns, int channels, int left, int width,
+    int factor PER_UNIT) {
   for (int x0 = start; x0 < end; x0 += UNROLL * columns) {
     Vector<VECTOR> in[UNROLL];
     Vector<VECTOR, RESIDUAL> more[UNROLL];
@@ -79,10 +90,17 @@ template <bool kResidual, bool kKeep> DEVICE void write_row(
         if (kResidual) values[v] += to_float<RESIDUAL>(more[u].values[v]);
         if (PAD == 1 && (zero_row || from[u] < 0)) values[v] = 0.f;
       }
+      const Vector<VECTOR, KEPT> whole = from_floats<KEPT>(values);
+#if OUTPUT >= INT8
+#pragma unroll
+      for (int v = 0; v < VECTOR; v++) values[v] *= per_unit;
       const Vector<VECTOR, OUTPUT> written = from_floats<OUTPUT>(values);
+#else
+      const Vector<VECTOR, OUTPUT>& written = whole;
+#endif
       if (at < end) {
         store<VECTOR>(to_row + at * channels, written);
-        if (kKeep && owns(at, left, width, factor)) store<VECTOR>(kept_row + from[u] * channels, written);
+        if (kKeep && owns(at, left, width, factor)) store<VECTOR>(kept_row + from[u] * channels, whole);
       }
     }
   }
@@ -118,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) normalize(ARGUMENTS, i
     const bool keeps = kept && owns(y, top, height, factor);
 #define WRITE_ROW(RESIDUAL, KEEP)                                                                              \
   write_row<RESIDUAL, KEEP>(affine, OWN, x + from_row, residual + from_row, to_row, kept + from_row,    \
-                            from_y < 0, start + column, end, columns, channels, left, width, factor)
+                            from_y < 0, start + column, end, columns, channels, left, width, factor PASS_UNIT)
     if (residual)
       keeps ? WRITE_ROW(true, true) : WRITE_ROW(true, false);
     else

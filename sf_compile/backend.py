@@ -10,10 +10,11 @@ back as it came.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -23,10 +24,14 @@ from sf_compile.graph.break_even import BreakEven, LargeEnough, break_even
 from sf_compile.graph.match import Matches, match
 from sf_compile.graph.normalize import NormalizedGraph, normalize
 from sf_compile.graph.plan import Plan, plan
+from sf_compile.graph.quantize import candidates, with_scales
 from sf_compile.graph.regions import Region, group, is_op
 from sf_compile.graph.rewrite import rewrite
 from sf_compile.graph.trunks import join
 from sf_compile.options import Options
+
+if TYPE_CHECKING:
+    from sf_compile.runtime.calibration import Calibration
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +49,7 @@ def analyse(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> 
     """Run the read-only stages on ``gm``, which is not changed."""
     normalized = normalize(gm, example_inputs)
     matches = match(normalized)
-    return Analysis(normalized, matches, plan(normalized, matches, options))
+    return Analysis(normalized, matches, plan(normalized, matches, options.planned))
 
 
 def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> Callable[..., Any]:
@@ -54,16 +59,18 @@ def compile_graph(gm: fx.GraphModule, example_inputs: list[Any], options: Option
         log.debug("nothing to fuse in a graph of %d nodes: it runs as it came", len(gm.graph.nodes))
         return _fallback(gm, example_inputs, options)
     if options.fallback == "eager" and _will_be_saved():
+        options.check_saved()
         return _saved(analysis)
     graphs = capture_of(analysis, options)
-    rewritten, regions = rewritten_graph(analysis, options)
+    flat = flat_graph(analysis)
+    rewritten, regions = grouped(with_scales(flat, {}) if options.precision == "int8" else flat, options)
     log.debug("fused %d sites:\n%s", len(analysis.plan.decisions), analysis.plan)
     for number, region in enumerate(regions):
         log.debug("region %d: %s", number, region)
     if options.fallback != "eager":
         return _fallback(rewritten, example_inputs, options)
     least = break_even_of(analysis, graphs, rewritten, options)
-    run = _run(rewritten, graphs, options)
+    run = _run(rewritten, graphs, options, flat)
     if least is None:
         return run
     log.debug("%s", least)
@@ -107,11 +114,15 @@ def break_even_of(
     return break_even(analysis.normalized.graph, analysis.plan.decisions, capture.bound, alone)
 
 
-def _run(gm: fx.GraphModule, capture: Capture, options: Options) -> Callable[..., Any]:
-    """What is called in the place of a graph that was rewritten."""
+def _run(
+    gm: fx.GraphModule, capture: Capture, options: Options, flat: fx.GraphModule | None = None
+) -> Callable[..., Any]:
+    """What is called in the place of a graph that was rewritten; ``flat`` is that graph op by op."""
     from sf_compile.runtime.out_of_memory import Explained
 
     run: Callable[..., Any] = Explained(gm)
+    if options.precision == "int8" and flat is not None:
+        run = _calibrated(run, flat, options)
     if not options.captures:
         return run
     if capture.refusal is not None:
@@ -122,19 +133,54 @@ def _run(gm: fx.GraphModule, capture: Capture, options: Options) -> Callable[...
     return Graphed(run, capture.bound, options.cuda_graphs_limit, options.cuda_graphs_memory, cuda())
 
 
-def rewritten_graph(analysis: Analysis, options: Options) -> tuple[fx.GraphModule, list[Region]]:
-    """The graph that replaces Dynamo's, made of the copy in ``analysis``, and its regions.
+def _calibrated(plain: Callable[..., Any], flat: fx.GraphModule, options: Options) -> Callable[..., Any]:
+    """What settles in its first call where ``plain``, the graph in float16, may multiply integers."""
+    from sf_compile.runtime.calibrated import Calibrated
+    from sf_compile.runtime.out_of_memory import Explained
 
-    Trunks and regions are for the graph that runs as it is: a compiler wants to see the ops themselves.
+    def prepare(calibration: Calibration) -> Callable[..., Any]:
+        if not calibration.scales:
+            return plain
+        return Explained(grouped(with_scales(flat, calibration.scales), options)[0])
+
+    return Calibrated(plain, lambda inputs: calibration_of(flat, inputs, options), prepare)
+
+
+def calibration_of(flat: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Calibration:
+    """What a call with ``inputs`` settles about ``flat``, a rewritten graph op by op.
+
+    Raises:
+        NotTelling: its results say nothing about those of other calls.
     """
+    from sf_compile.runtime.calibration import calibrate
+
+    quantize = functools.partial(with_scales, flat)
+    return calibrate(flat, inputs, candidates(flat), quantize, options.min_psnr)
+
+
+def flat_graph(analysis: Analysis) -> fx.GraphModule:
+    """The graph that replaces Dynamo's, made of the copy in ``analysis``, op by op."""
     import sf_compile.ops  # noqa: F401  registers the ops that rewrite calls by name
+
+    return rewrite(analysis.normalized, analysis.plan)
+
+
+def grouped(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, list[Region]]:
+    """``gm``, changed, with its trunks and regions, and the latter.
+
+    They are for the graph that runs as it is: a compiler wants to see the ops themselves.
+    """
     from sf_compile.ops.region import runner
 
-    rewritten = rewrite(analysis.normalized, analysis.plan)
     if options.fallback != "eager":
-        return rewritten, []
-    join(rewritten)
-    return rewritten, group(rewritten, runner)
+        return gm, []
+    join(gm)
+    return gm, group(gm, runner)
+
+
+def rewritten_graph(analysis: Analysis, options: Options) -> tuple[fx.GraphModule, list[Region]]:
+    """The graph that replaces Dynamo's, made of the copy in ``analysis``, and its regions."""
+    return grouped(flat_graph(analysis), options)
 
 
 def _will_be_saved() -> bool:

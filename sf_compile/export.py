@@ -48,7 +48,7 @@ def compile(
 
     Raises:
         TypeError: for anything but an ``ExportedProgram``.
-        ValueError: for unknown options, or another fallback than ``"eager"``.
+        ValueError: for unknown options, another fallback than ``"eager"`` or ``precision="int8"``.
     """
     if not isinstance(program, ExportedProgram):
         raise TypeError(
@@ -58,6 +58,7 @@ def compile(
     settings = Options.build(options)
     if settings.fallback != "eager":
         raise ValueError("styleforge: an exported program has no fallback but 'eager'")
+    settings.check_saved()
     import sf_compile.ops  # noqa: F401  registers the ops that rewrite calls by name
 
     analysis = analyse(_in_dynamos_spelling(program), [], settings)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 FALLBACKS = ("eager", "inductor")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 LAYOUTS = ("auto", "channels_last", "contiguous")
-PRECISIONS = ("auto", "fp16", "bf16", "tf32", "fp32")
+PRECISIONS = ("auto", "fp16", "bf16", "tf32", "fp32", "int8")
 CAPTURING_MODES = ("reduce-overhead", "max-autotune")
 """The modes that mean CUDA graphs, as they do for Inductor."""
 
@@ -28,7 +29,12 @@ class Options:
         precision: What the fused convolutions compute in: ``"auto"`` (as the model, PyTorch's switches of
             TF32 and autocast say), ``"fp16"``, ``"bf16"``, ``"tf32"`` or ``"fp32"``, from a model of any
             dtype. Sums and statistics are float32, parameters stay as they are, and so does the dtype
-            of what a model returns.
+            of what a model returns. ``"int8"`` is ``"fp16"`` but for convolutions between two instance norms,
+            which multiply 8-bit integers where the picture stays as good as ``min_psnr`` asks. For
+            ``fallback="eager"`` alone.
+        min_psnr: Of ``precision="int8"``: how close, in dB, the picture must come to the one of ``"fp16"``;
+            the peak is the range of that picture's numbers. It is measured in the first call, whose picture
+            also settles the integers' scales. Layers that cost most go back to float16 until it is reached.
         mode: One of torch.compile's four modes. The fused ops run alike in all of them; those of
             ``CAPTURING_MODES`` run them in CUDA graphs. With ``fallback="inductor"`` the mode is Inductor's,
             and so are its graphs.
@@ -48,6 +54,7 @@ class Options:
     cuda_graphs: bool | None = None
     cuda_graphs_limit: int = 8
     cuda_graphs_memory: float = 0.25
+    min_psnr: float = 38.0
 
     def __post_init__(self) -> None:
         if not callable(self.fallback):
@@ -56,6 +63,12 @@ class Options:
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("mode", self.mode, MODES)
         self._check_cuda_graphs()
+        self._check_int8()
+
+    @property
+    def planned(self) -> Options:
+        """These options as the planner sees them: what multiplies integers is settled by a call."""
+        return replace(self, precision="fp16") if self.precision == "int8" else self
 
     @property
     def captures(self) -> bool:
@@ -78,6 +91,23 @@ class Options:
             raise ValueError(
                 f"styleforge: cuda_graphs_memory is a share of the GPU's memory, above 0 and up to 1, "
                 f"not {share!r}"
+            )
+
+    def _check_int8(self) -> None:
+        if type(self.min_psnr) not in (int, float) or not 0 <= self.min_psnr < math.inf:
+            raise ValueError(f"styleforge: min_psnr is a number of dB, 0 or more, not {self.min_psnr!r}")
+        if self.precision == "int8" and self.fallback != "eager":
+            raise ValueError(
+                "styleforge: precision='int8' is for fallback='eager': its scales come from a call, and "
+                "another compiler is done before there is one"
+            )
+
+    def check_saved(self) -> None:
+        """Raise ValueError where these options do not suit a graph that is saved or exported."""
+        if self.precision == "int8":
+            raise ValueError(
+                "styleforge: precision='int8' takes its scales from a call, and a graph that is saved or "
+                "exported has had none; 'fp16' can be saved"
             )
 
     @classmethod

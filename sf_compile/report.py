@@ -10,8 +10,9 @@ import torch
 from torch import fx, nn
 
 from sf_compile import tf32
-from sf_compile.backend import Analysis, analyse, break_even_of, capture_of, rewritten_graph
+from sf_compile.backend import Analysis, analyse, break_even_of, capture_of, flat_graph, grouped
 from sf_compile.graph.plan import Decision, describe, precision_of
+from sf_compile.graph.quantize import candidates, with_scales
 from sf_compile.graph.values import value_of
 from sf_compile.options import Options
 from sf_compile.runtime.memory import Memory, mebibytes, predict
@@ -29,7 +30,8 @@ class Fused:
         op: The op that runs it.
         finish: ``"none"``, ``"here"`` or ``"deferred"``: where its norm and addition are applied.
         layout: ``"channels_last"`` or ``"contiguous"``, of its output.
-        precision: What it is computed in: ``"fp16"``, ``"bf16"``, ``"tf32"``, ``"fp32"`` or ``"fp64"``.
+        precision: What it is computed in: ``"fp16"``, ``"bf16"``, ``"tf32"``, ``"fp32"`` or ``"fp64"``;
+            ``"int8"`` where the first call settles whether it multiplies 8-bit integers or is ``"fp16"``.
         why: The reason for ``finish``.
         region: Number, within its graph, of the region whose ops run as one call; None outside of regions.
     """
@@ -68,6 +70,7 @@ class Report:
         memory: What a call of each graph needs on a GPU; None where that cannot be told.
         cuda_graphs: For each graph, whether its calls are captured in CUDA graphs, or why not.
         break_even: For each graph, which calls on a CPU run as they came; None where none do.
+        in_float16: With ``precision="int8"``, the convolutions that multiply no integers, and why.
     """
 
     fused: tuple[Fused, ...]
@@ -78,6 +81,7 @@ class Report:
     memory: tuple[Memory | None, ...] = ()
     cuda_graphs: tuple[str, ...] = ()
     break_even: tuple[str | None, ...] = ()
+    in_float16: tuple[Skipped, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain lists, dicts, strings and numbers (``json.dumps`` takes it)."""
@@ -93,6 +97,7 @@ class Report:
             "memory": [one and one.to_dict() for one in self.memory],
             "cuda_graphs": list(self.cuda_graphs),
             "break_even": list(self.break_even),
+            "in_float16": [asdict(one) for one in self.in_float16],
         }
 
     def __str__(self) -> str:
@@ -108,6 +113,10 @@ class Report:
             if site.region is not None:
                 regions.setdefault((site.graph, site.region), []).append(site.node)
         lines += [f"one call runs {len(names)} sites: {', '.join(names)}" for names in regions.values()]
+        if self.options.precision == "int8":
+            count = sum(site.precision == "int8" for site in self.fused)
+            lines.append(f"int8: the first call settles the scales of {count} convolutions; in float16 stay")
+            lines += _table([(s.node, s.reason) for s in self.in_float16])
         if self.skipped:
             lines.append(f"left alone, with a reason: {len(self.skipped)}")
             lines += _table([(s.node, s.reason) for s in self.skipped])
@@ -207,6 +216,7 @@ def _report(
     memory: list[Memory | None] = []
     captures: list[str] = []
     small: list[str | None] = []
+    in_float16: list[Skipped] = []
     for index, analysis in enumerate(analyses):
         inside = {step.node for decision in analysis.plan.decisions for step in decision.site.steps}
         skipped += [Skipped(miss.node, miss.reason, index) for miss in analysis.matches.misses]
@@ -218,16 +228,33 @@ def _report(
         capture = capture_of(analysis, options)
         captures.append(str(capture))
         # Last, for it takes the analysed copy of the graph apart.
-        rewritten, regions = rewritten_graph(analysis, options)
+        flat = flat_graph(analysis)
+        integers = _integers(flat, analysis.plan.decisions) if options.precision == "int8" else {}
+        scales = {site: 1.0 for site, why in integers.items() if why is None}  # any: sizes depend on none
+        in_float16 += [Skipped(site, why, index) for site, why in integers.items() if why is not None]
+        rewritten, regions = grouped(with_scales(flat, scales) if scales else flat, options)
         least = break_even_of(analysis, capture, rewritten, options)
         small.append(None if least is None else str(least))
         memory.append(_predicted(rewritten, inputs[index], capture.bound))
         numbers = {site: number for number, region in enumerate(regions) for site in region.sites}
-        fused += [_fused(decision, index, numbers) for decision in analysis.plan.decisions]
+        fused += [_fused(decision, index, numbers, scales) for decision in analysis.plan.decisions]
     return Report(
         tuple(fused), tuple(skipped), tuple(untouched), tuple(breaks), options, tuple(memory),
-        tuple(captures), tuple(small),
+        tuple(captures), tuple(small), tuple(in_float16),
     )  # fmt: skip
+
+
+def _integers(flat: fx.GraphModule, decisions: Sequence[Decision]) -> dict[str, str | None]:
+    """The convolutions of a graph by name: why each multiplies no 8-bit integers, None where it may."""
+    found = candidates(flat)
+    devices = [value_of(d.site.anchor).device for d in decisions if d.site.anchor.name in found]
+    if devices and devices[0].type == "cuda":
+        from sf_compile.cuda import hopper
+
+        if not hopper.available(devices[0].index):
+            elsewhere = "its kernels are for compute capability 9.0"
+            return {site: reason or elsewhere for site, reason in found.items()}
+    return found
 
 
 def _predicted(gm: fx.GraphModule, inputs: Sequence[Any], bound: frozenset[int]) -> Memory | None:
@@ -237,11 +264,12 @@ def _predicted(gm: fx.GraphModule, inputs: Sequence[Any], bound: frozenset[int])
         return None
 
 
-def _fused(decision: Decision, graph: int, regions: Mapping[str, int]) -> Fused:
+def _fused(decision: Decision, graph: int, regions: Mapping[str, int], scales: Mapping[str, float]) -> Fused:
     site = decision.site
+    precision = "int8" if site.anchor.name in scales else _precision(decision)
     return Fused(
         pattern=site.pattern, nodes=len(site.steps), node=site.anchor.name, graph=graph,
-        region=regions.get(site.anchor.name), **(describe(decision) | {"precision": _precision(decision)}),
+        region=regions.get(site.anchor.name), **(describe(decision) | {"precision": precision}),
     )  # fmt: skip
 
 

@@ -125,10 +125,10 @@ def check_margins(a: Arguments, expected: Sequence[Tensor], monkeypatch: Any) ->
     """``halo_conv`` gives ``expected`` and writes its outputs alone, of memory that has NaN around them."""
     margin, buffers = 65536, []
 
-    def amid_nan(shape: Sequence[int], like: Tensor, channels_last: bool) -> Tensor:
+    def amid_nan(shape: Sequence[int], like: Tensor, channels_last: bool, dtype: torch.dtype) -> Tensor:
         n, c, h, w = shape
         elements = margin + n * c * h * w + margin
-        buffers.append(torch.full((elements,), float("nan"), dtype=like.dtype, device="cuda"))
+        buffers.append(torch.full((elements,), float("nan"), dtype=dtype, device="cuda"))
         return buffers[-1][margin:-margin].view(n, h, w, c).permute(0, 3, 1, 2)
 
     monkeypatch.setattr(halo_conv, "empty_image", amid_nan)

@@ -11,10 +11,12 @@ import pytest
 import torch
 from bench_command import run_bench
 
-from sf_compile.bench import building, network
+from sf_compile.bench import building, checks, network
 from sf_compile.bench.peers import PEERS
+from sf_compile.bench.rows import BenchmarkError
 from sf_compile.bench.work import Size, transformer_net_flop
 from sf_compile.models import TensorFlowTransformNet
+from sf_compile.options import Options
 
 
 def test_the_backend_is_timed_with_its_compile_times(tmp_path: Path) -> None:
@@ -73,6 +75,33 @@ def test_a_precision_is_timed_against_eager_in_it(tmp_path: Path) -> None:
     assert eager["dtype"] == styleforge["dtype"] == "float32"
     assert eager["error_vs_float64"] < 1e-4 < styleforge["error_vs_float64"]
     assert run_bench("--suite", "layers", "--precision", "fp16") == 1
+
+
+def test_integers_are_held_to_their_distance_from_fp16(tmp_path: Path, monkeypatch, capsys) -> None:
+    output = tmp_path / "rows.json"
+    arguments = ("--sizes", "32x36", "--width", "32", "--blocks", "1", "--peers", "eager,styleforge")
+    assert run_bench(*arguments, "--precision", "int8", "--output", str(output)) == 0
+    eager, styleforge = json.loads(output.read_text())
+    assert (eager["precision"], styleforge["precision"]) == ("auto", "int8")
+    assert eager["psnr_db"] is None and 38 < styleforge["psnr_db"] < 90
+    assert f"{styleforge['psnr_db']:.1f}" in capsys.readouterr().out
+    monkeypatch.setattr(network, "Options", lambda: Options(min_psnr=90))
+    assert run_bench(*arguments, "--precision", "int8") == 1
+    assert "90 are promised; nothing was timed after it" in capsys.readouterr().err
+
+
+def test_integers_that_nothing_multiplies_have_no_row(capsys) -> None:
+    arguments = ("--sizes", "32x36", "--width", "4", "--blocks", "1", "--peers", "styleforge")
+    assert run_bench(*arguments, "--precision", "int8") == 1
+    assert "it multiplies no integers here" in capsys.readouterr().err
+
+
+def test_a_picture_that_is_not_finite_is_no_decibels() -> None:
+    plain = torch.rand(1, 3, 8, 8)
+    assert checks.check_psnr("styleforge", plain + 0.01, plain, 38.0, "here") > 38
+    for wrong in (plain * float("nan"), plain + float("inf"), plain + 1):
+        with pytest.raises(BenchmarkError, match="dB from fp16"):
+            checks.check_psnr("styleforge", wrong, plain, 38.0, "here")
 
 
 def test_width_and_blocks_change_the_network_and_its_floor(tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_shared_memory_suffices_and_is_there():
 
 def test_variants_are_distinct_and_fit():
     made = list(halo_conv.variants())
-    assert len(made) == 70 and {source for source, _ in made} == {halo_conv.SOURCE}
+    assert len(made) == 87 and {source for source, _ in made} == {halo_conv.SOURCE}
     assert len({tuple(sorted(constants.items())) for _, constants in made}) == len(made)
     names = {"SLOT_CHANNELS", "SLOTS", "STREAMED", *(field.upper() for field in Variant._fields)}
     for _, constants in made:

@@ -104,6 +104,14 @@ WRONG = [
     ({"cuda_graphs_memory": 1.5}, "cuda_graphs_memory is a share of the GPU's memory, above 0 and up to 1"),
     ({"cuda_graphs_memory": 0}, "cuda_graphs_memory is a share of the GPU's memory, above 0 and up to 1"),
     ({"mode": None}, "mode cannot be None (NoneType); "),
+    ({"precision": "int4"}, "precision cannot be 'int4'; did you mean 'int8'? Valid: "),
+    ({"precision": "int8", "fallback": "inductor"}, "precision='int8' is for fallback='eager': its scales "),
+    ({"precision": "int8", "fallback": a_backend}, "precision='int8' is for fallback='eager': "),
+    ({"min_psnr": -1}, "min_psnr is a number of dB, 0 or more, not -1"),
+    ({"min_psnr": float("nan")}, "min_psnr is a number of dB, 0 or more, not nan"),
+    ({"min_psnr": float("inf")}, "min_psnr is a number of dB, 0 or more, not inf"),
+    ({"min_psnr": True}, "min_psnr is a number of dB, 0 or more, not True"),
+    ({"min_psnr": "38"}, "min_psnr is a number of dB, 0 or more, not '38'"),
 ]
 
 
@@ -128,6 +136,15 @@ def test_a_wrong_call_is_refused(options, mode, message):
     with pytest.raises(ValueError) as error:
         Options.build(options, mode)
     assert message in str(error.value)
+
+
+def test_the_planner_sees_int8_as_fp16():
+    int8 = Options(precision="int8", min_psnr=40)
+    assert int8.planned == Options(precision="fp16", min_psnr=40)
+    assert all(options.planned is options for options in (Options(), Options(precision="bf16")))
+    with pytest.raises(ValueError, match="'fp16' can be saved"):
+        int8.check_saved()
+    Options(precision="fp16").check_saved()
 
 
 def test_the_constructor_and_replace_check_too():

@@ -88,7 +88,8 @@ def test_only_what_enters_and_leaves_is_of_the_models_dtype():
     with torch.no_grad():
         torch.compile(small_net(), backend=keeping)(picture())
     calls = [node for node in keeping.graphs[-1].graph.nodes if node.target is OPS.conv2d.default]
-    assert [node.args[-2:] for node in calls] == [("fp16", None)] * 9 + [("fp16", torch.float32)]
+    told = [node.args[-3:-1] for node in calls]
+    assert told == [("fp16", None)] * 9 + [("fp16", torch.float32)]
     assert [node.args[17] for node in calls] == [True] * 9 + [False]  # channels_last, as in a float16 model
 
 
@@ -514,6 +515,6 @@ def test_a_convolution_of_a_precision_is_pytorchs(precision, transposed, monkeyp
 
 
 def test_names_are_those_of_the_dtypes_and_options():
-    assert options.PRECISIONS == PRECISIONS
+    assert (*PRECISIONS, "int8") == options.PRECISIONS
     assert [name_of(dtype) for dtype in DTYPES] == ["fp32", "fp16", "bf16", "fp64"]
     assert [storage(p, torch.float64) for p in PRECISIONS] == [torch.float64, *STORED.values()]

@@ -117,14 +117,14 @@ def test_to_dict_survives_json():
     data = json.loads(json.dumps(report.to_dict()))
     assert data == report.to_dict()
     names = {"fused", "skipped", "untouched", "graph_breaks", "options", "memory"}
-    assert set(data) == names | {"cuda_graphs", "break_even"}
+    assert set(data) == names | {"cuda_graphs", "break_even", "in_float16"}
     assert data["fused"][0]["pattern"] == "pad+conv+norm+relu" and data["fused"][0]["nodes"] == 4
     assert data["skipped"][0]["node"] == report.skipped[0].node
     assert data["skipped"][0]["reason"] == report.skipped[0].reason
     assert data["untouched"] == list(report.untouched)
     assert data["options"] == {
         "fallback": "eager", "layout": "contiguous", "mode": "default", "precision": "auto",
-        "cuda_graphs": None, "cuda_graphs_limit": 8, "cuda_graphs_memory": 0.25,
+        "cuda_graphs": None, "cuda_graphs_limit": 8, "cuda_graphs_memory": 0.25, "min_psnr": 38.0,
     }  # fmt: skip
     (memory,) = data["memory"]
     assert memory["input"] == picture().numel() * 4 and memory["peak"] > memory["output"] > 0

@@ -191,11 +191,11 @@ def test_one_call_a_convolution():
     assert [node.args[1] for node in (raw, mean, variance)] == [0, 1, 2]
     assert first.args == (
         x, w, None, *nothing, 2, [0, 1, 3, 4], "zeros", [2, 1], "none", True, False, True, False, "auto",
-        None,
+        None, None,
     )  # fmt: skip
     assert second.args == (
         raw, w, None, mean, variance, v, v, 1e-3, "relu", None, 1, [1, 1, 1, 1], "reflect", [1, 1], "none",
-        False, False, False, False, "auto", None,
+        False, False, False, False, "auto", None, None,
     )  # fmt: skip
 
 

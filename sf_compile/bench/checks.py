@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from sf_compile import tf32
 from sf_compile.bench.rows import BenchmarkError
 from sf_compile.bench.work import Size
 from sf_compile.models import MIN_SIDE
+from sf_compile.runtime.calibration import psnr
 
 # The package's promise: at most this many times eager's own error in the same precision.
 STYLEFORGE_FACTOR = 1.25
@@ -51,6 +53,23 @@ def run_in_tf32(model: nn.Module, picture: Tensor) -> Tensor:
             module.register_forward_pre_hook(lambda _, inputs: (tf32.rounded(inputs[0]),))
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return rounding(picture)
+
+
+def check_psnr(peer: str, output: Tensor, plain: Tensor, least: float, where: str) -> float:
+    """Compare what `peer` returned with 8-bit integers with what it returns without; return the dB.
+
+    Raises:
+        BenchmarkError: fewer than `least`, or the same numbers: then no integers were multiplied.
+    """
+    found = psnr(plain, output)
+    if found == math.inf:
+        raise BenchmarkError(f"{where}: {peer} in int8 is what it is in fp16: it multiplies no integers here")
+    if found < least:
+        raise BenchmarkError(
+            f"{where}: {peer} in int8 comes to {found:.1f} dB from fp16, {least:g} are promised; nothing was "
+            "timed after it"
+        )
+    return found
 
 
 def check_output(

@@ -24,12 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from sf_compile import tf32
 from sf_compile.bench.building import Built, build, ready
 from sf_compile.bench.ceilings import Ceilings, measure_ceilings
-from sf_compile.bench.checks import check_output, check_sizes, relative_error, run_in_tf32
-from sf_compile.bench.peers import PEERS, Build, Peer
+from sf_compile.bench.checks import check_output, check_psnr, check_sizes, relative_error, run_in_tf32
+from sf_compile.bench.peers import PEERS, Build, Peer, styleforge
 from sf_compile.bench.rows import BenchmarkError, Keep, Log, Row, dtype_name, environment_of, forget, rounded
 from sf_compile.bench.timing import Budget, Call, Sample, interleaved, sustained
 from sf_compile.bench.work import Size, parse_sizes, transformer_net_flop
 from sf_compile.models import CheckpointError, TensorFlowTransformNet, TransformerNet, load_checkpoint
+from sf_compile.options import Options
 
 GPU_SIZES = parse_sizes("512x512,1080x1920,2160x3840,8x512x512")
 CPU_SIZES = parse_sizes("128x128,384x384")
@@ -99,6 +100,7 @@ class Runner:
     inputs: Sequence[Tensor]
     peak_mb: float | None
     error: float
+    psnr: float | None = None
 
 
 def select_peers(names: Sequence[str] | None, device: torch.device, log: Log) -> list[Peer]:
@@ -234,8 +236,17 @@ def _runners(
                 log(f"{where}: {peer.name} compiled in {built[key].compile_cold_s:.1f} s")
         call, peak_mb = ready(peer, built[key].call, example)
         allowed = eager_errors[peer.computes_in(dtype)]
-        error = check_output(peer.row_name, call(inputs[layout][-1]), reference, allowed, where)
-        runners[peer.name] = Runner(peer, built[key], call, inputs[layout], peak_mb, error)
+        output, psnr = call(inputs[layout][-1]), None
+        if peer.precision == "int8":
+            # Its promise is how close it comes to fp16, whose promise is the other; on a picture that its
+            # scales are not of.
+            plain = styleforge(models[layout], "fp16")(inputs[layout][-1])
+            check_output(peer.row_name, plain, reference, allowed, where)
+            psnr = check_psnr(peer.row_name, output, plain, Options().min_psnr, where)
+            error = relative_error(output, reference)
+        else:
+            error = check_output(peer.row_name, output, reference, allowed, where)
+        runners[peer.name] = Runner(peer, built[key], call, inputs[layout], peak_mb, error, psnr)
     return [runners[peer.name] for peer in peers]
 
 
@@ -298,6 +309,7 @@ def _row(
         "kernels_cold_s": rounded(runner.built.kernels_cold_s),
         "kernels_warm_s": rounded(runner.built.kernels_warm_s),
         "error_vs_float64": rounded(runner.error),
+        "psnr_db": rounded(runner.psnr),
     }
 
 

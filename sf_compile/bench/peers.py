@@ -26,6 +26,7 @@ Build = Callable[[nn.Module], Network]
 
 ALL_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 SIXTEEN_BIT = ALL_DTYPES - {torch.float32}
+_PLAIN = {"int8": "fp16"}
 
 
 def eager(model: nn.Module) -> Network:
@@ -98,8 +99,8 @@ class Peer:
         return "channels_last" if dtype in self.channels_last else "contiguous"
 
     def computes_in(self, dtype: torch.dtype) -> torch.dtype:
-        """Return what a model of `dtype` is computed in."""
-        return storage(self.precision, dtype)
+        """Return what a model of `dtype` is computed in; of int8 what is not."""
+        return storage(_PLAIN.get(self.precision, self.precision), dtype)
 
     def missing(self, device: torch.device) -> str | None:
         """Return why this peer cannot run on `device` here, None where it can."""

@@ -23,7 +23,7 @@ NETWORK_KEYS = (
     *("peer", "precision", "graphs", "layout", "condition"),
     *("median_ms", "p20_ms", "p80_ms", "back_to_back_ms", "host_us", "peak_mb"),
     *("compile_cold_s", "compile_warm_s", "kernels_cold_s", "kernels_warm_s"),
-    *("floor_ms", "ceiling_tflops", "copy_gbps", "error_vs_float64"),
+    *("floor_ms", "ceiling_tflops", "copy_gbps", "error_vs_float64", "psnr_db"),
 )
 INSTANCE_NORM_KEYS = (
     *ENVIRONMENT_KEYS,

@@ -33,7 +33,7 @@ def network_table(rows: Sequence[Row]) -> str:
     """
     header = ("peer", "precision", "graphs", "layout", "median ms", "p20", "p80", "back to back", "host us",
               "x", "of floor", "peak MiB", "cold s", "warm s", "kernels cold s", "kernels warm s",
-              "error")  # fmt: skip
+              "error", "psnr dB")  # fmt: skip
     tables = []
     for (size, dtype, condition), group in _grouped(rows).items():
         base = _baseline(group)
@@ -56,6 +56,7 @@ def network_table(rows: Sequence[Row]) -> str:
                 cell(row["kernels_cold_s"], ".2f"),
                 cell(row["kernels_warm_s"], ".2f"),
                 cell(row["error_vs_float64"], ".1e"),
+                cell(row.get("psnr_db"), ".1f"),
             )
             for row in group
         ]

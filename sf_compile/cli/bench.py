@@ -82,8 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="what styleforge computes in, whatever the dtype of the model (suite network; default: auto, "
-        "as the model)",
+        help="what styleforge computes in, whatever the dtype of the model; int8 is held to its min_psnr "
+        "(suite network; default: auto, as the model)",
     )
     parser.add_argument("--blocks", type=_count, help="residual blocks (suite network; default: 5)")
     parser.add_argument(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sf_compile import tf32
-from sf_compile.cuda import first_conv, halo_conv, last_conv, mma_conv, packing
+from sf_compile.cuda import first_conv, halo_conv, last_conv, mma_conv, packing, quantized_conv
 from sf_compile.cuda.compiler import usable_or_warn
 from sf_compile.cuda.layout import dense_channels, is_channels_last
 from sf_compile.cuda.normalization import apply, converts, normalize, usable
@@ -51,6 +51,7 @@ _TRANSPOSING = (halo_conv,)
 _READING = (first_conv,)  # pictures of another dtype than they compute in
 _WRITING = (last_conv,)
 _choices: dict[tuple[Any, ...], tuple[Any, bool]] = {}
+_refusals: dict[tuple[Any, ...], str | None] = {}
 
 
 def _kernels(a: Arguments) -> tuple[Any, ...]:
@@ -115,6 +116,24 @@ def choice(a: Arguments) -> tuple[Any, bool]:
     return found
 
 
+def quantized_refusal(a: Arguments) -> str | None:
+    """Why ``a`` with an ``input_scale`` is computed without it; None where integers are multiplied.
+
+    Looked at once for each key, as by ``choice``.
+    """
+    if a.precision != "auto":
+        a = _in_precision(a)
+    a = a._replace(input_scale=1.0)
+    key = _key(a)
+    if key not in _refusals:
+        if len(_refusals) >= _MOST_CHOICES:
+            _refusals.clear()
+        reason = _refusals[key] = quantized_conv.refusal(a)
+        runs = f"{a.dtype}: {reason}" if reason else "8-bit integers"
+        _log.debug("conv2d of %s by %s in %s", tuple(a.input.shape), tuple(a.weight.shape), runs)
+    return _refusals[key]
+
+
 def _chosen(a: Arguments, fitting: list[Any]) -> tuple[Any, bool]:
     """What ``choice`` returns, of those among ``_kernels(a)`` that do not refuse ``a``."""
     if fitting and fitting[0] is not mma_conv:
@@ -161,7 +180,7 @@ def _key(a: Arguments) -> tuple[Any, ...]:
         *(None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in pictures),
         *(None if t is None else (t.dtype, t.dim(), t.is_contiguous()) for t in vectors),
         *(None if t is None else (t.dtype, dense_channels(t)) for t in affine),
-        a.activation, a.upsample, *a.padding, a.padding_mode, *a.stride, *a[-7:],
+        a.activation, a.upsample, *a.padding, a.padding_mode, *a.stride, *a[-8:],
     )  # fmt: skip
 
 
@@ -175,6 +194,10 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``styleforge::conv2d``; its arguments have been checked."""
     if a.precision != "auto":
         a = _in_precision(a)
+    if a.input_scale is not None:
+        if quantized_refusal(a) is None:
+            return quantized_conv.conv2d(a)
+        a = a._replace(input_scale=None)
     kernel, split = choice(a)
     if kernel is None and a.output_dtype != a.dtype:
         out, mean, variance, stored = conv2d(a._replace(out_dtype=None))

@@ -17,6 +17,7 @@ from sf_compile.cuda.packing import packed
 from sf_compile.cuda.tensor_maps import TensorMap, channels_last_map
 from sf_compile.ops.conv2d import Arguments, absent
 from sf_compile.ops.library import empty_image
+from sf_compile.ops.quantization import quantized_weights, taps_of
 
 SOURCE = "halo_conv.cu"
 _THREADS = 384
@@ -27,6 +28,8 @@ _SIGNATURE = "P" + hopper.NORM_SIGNATURE + _ACTIVATIONS + "PP" + hopper.SUMS_SIG
 _MOST_SLOTS = 8
 _STAGES_BYTES = 4 * 4096
 _RECIPROCAL = 1 << 42
+QUANTIZED = {torch.int8: 1, torch.uint8: 2}
+"""The value of QUANTIZED for an input of 8-bit integers."""
 _MOST_TILES = 1 << 21  # of a launch: what the kernel divides by a reciprocal
 
 
@@ -55,6 +58,7 @@ class Variant(NamedTuple):
     statistics: bool
     bias: bool
     output_activation: int
+    quantized: int = 0
 
     @property
     def element_bytes(self) -> int:
@@ -62,16 +66,21 @@ class Variant(NamedTuple):
         return 4 if self.dtype == 0 else 2
 
     @property
+    def operand_bytes(self) -> int:
+        """Bytes of an element of what is multiplied."""
+        return 1 if self.quantized else self.element_bytes
+
+    @property
     def pixel_bytes(self) -> int:
         """Bytes of a pixel that the ring's slots hold: 32 where 64 are too empty, too few or too large."""
-        whole = self.channels * self.element_bytes
+        whole = self.channels * self.operand_bytes
         small = whole <= 32 or (self.stride == 2 and whole > 64) or self._memory(64) is None
         return 32 if small else 64
 
     @property
     def slot_channels(self) -> int:
         """Channels that the ring's slots hold."""
-        return self.pixel_bytes // self.element_bytes
+        return self.pixel_bytes // self.operand_bytes
 
     @property
     def depth(self) -> int:
@@ -108,10 +117,10 @@ class Variant(NamedTuple):
     @functools.cache  # noqa: B019 - variants are few and live as long as the process anyway
     def _memory(self, pixel_bytes: int) -> Memory | None:
         """The same with slots of ``pixel_bytes`` a pixel."""
-        depth = -(-self.channels * self.element_bytes // pixel_bytes)
+        depth = -(-self.channels * self.operand_bytes // pixel_bytes)
         rows, columns = self.plane
         picture = self.stride**2 * -(-rows * columns * pixel_bytes // 512) * 512
-        all_affines = depth * pixel_bytes // self.element_bytes * 8
+        all_affines = depth * pixel_bytes // self.operand_bytes * 8
         fixed = _STAGES_BYTES + all_affines + 8 * (3 * _MOST_SLOTS + depth + 3)
         room = hopper.SHARED_BYTES - fixed
         for streamed in (False, True):
@@ -169,9 +178,21 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
     yield SOURCE, plain._replace(output_activation=activation.SILU).constants()
     yield SOURCE, normed._replace(activation=activation.LEAKY).constants()
     yield SOURCE, normed._replace(activation=activation.CLAMPED).constants()
+    integers = Variant(1, 0, 128, 128, 3, 3, 1, False, 2, 0, False, True, False, 0, 1)
+    for channels in (64, 128, 256):
+        for quantized in QUANTIZED.values():
+            for dtype in hopper.SIXTEEN_BIT.values():
+                made = integers._replace(dtype=dtype, channels=channels, out_channels=channels)
+                yield SOURCE, made._replace(quantized=quantized).constants()
+        halved = integers._replace(channels=channels, out_channels=channels // 2)
+        yield SOURCE, halved._replace(subpixel=True, pad=3).constants()
+    yield SOURCE, integers._replace(channels=64, stride=2).constants()
+    yield SOURCE, integers._replace(pad=1).constants()
 
 
 def _variant(a: Arguments) -> Variant:
+    # Of an input that is yet to be rounded, what it is rounded to makes no difference to what fits.
+    quantized = QUANTIZED.get(a.input.dtype, int(a.input_scale is not None))
     subpixel = a.upsample == 2 or a.transposed
     # The windows of the sub-pixel form are alike whatever the kernel: one variant for all.
     kh, kw, stride = (3, 3, 1) if subpixel else (a.weight.shape[2], a.weight.shape[3], a.stride[0])
@@ -180,9 +201,9 @@ def _variant(a: Arguments) -> Variant:
     if subpixel and pad == PADS["reflect"]:
         pad = PADS["replicate"]  # what reflecting the enlarged picture by one pixel comes to
     return Variant(
-        hopper.OPERANDS[a.input.dtype], hopper.parameter(a) or 0, a.input.shape[1], a.out_channels,
-        kh, kw, stride, subpixel, pad, activation.code(a.activation), a.normalizes, a.statistics,
-        a.bias is not None, activation.code(a.output_activation),
+        hopper.OPERANDS[a.dtype], hopper.parameter(a) or 0, a.input.shape[1], a.out_channels,
+        kh, kw, stride, subpixel, pad, activation.code(a.activation), a.normalizes and not quantized,
+        a.statistics, a.bias is not None, activation.code(a.output_activation), quantized,
     )  # fmt: skip
 
 
@@ -204,6 +225,8 @@ def refusal(a: Arguments) -> str | None:
     stride = 1 if a.transposed else a.stride[0]  # of the windows
     if c % 8 or o % 8 or o == 0:
         return f"{c} -> {o} channels: whole 16-byte accesses need multiples of 8"
+    if a.input_scale is not None and c % 16:
+        return f"{c} channels of 8-bit integers: whole 16-byte accesses need multiples of 16"
     if not a.channels_last or not _usable_picture(a.input):
         return "the picture is not channels_last"
     if a.residual is not None or a.keep_input:
@@ -250,12 +273,16 @@ def _sees_two(taps: int, before: int, after: int) -> bool:
 
 @functools.cache
 def _kernel(index: int, variant: Variant, mode: str) -> Kernel:
-    signature = ("TF" if variant.subpixel else "TT") + _SIGNATURE
+    signature = ("TF" if variant.subpixel else "TT") + _SIGNATURE + ("f" if variant.quantized else "")
     return load(SOURCE, "halo_conv", variant.constants(), index, signature, mode)
 
 
 def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``styleforge::conv2d``; the caller has asked ``refusal``."""
+    """``styleforge::conv2d``; the caller has asked ``refusal``.
+
+    An input of int8 or uint8 is in units of ``input_scale``; of its norm, which was applied, only mean and
+    variance are looked at.
+    """
     x, index = a.input, a.input.device.index
     n, c, h, w = x.shape
     o, (kh, kw) = a.out_channels, a.weight.shape[2:]
@@ -272,10 +299,14 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tiles_x = -(-windows_x // _TILE_W)
     tiles_per_image = tiles_x * -(-windows_y // _TILE_H)
     blocks = min(multiprocessors(index) // variant.row_blocks, n * tiles_per_image) * variant.row_blocks
-    out = empty_image((n, o, out_h, out_w), x, True)
+    out = empty_image((n, o, out_h, out_w), x, True, a.dtype)
     mean, variance = hopper.statistics_outputs(a)
     form = f"halo_conv subpixel={variant.subpixel} slot={variant.slot_channels}"
     pack = functools.partial(_pack, variant)
+    scale: tuple[float, ...] = ()
+    if variant.quantized:
+        assert a.input_scale is not None
+        form, pack, scale = f"{form} int8", functools.partial(_pack_integers, variant), (a.input_scale,)
     if a.transposed:
         form += f" transposed {top} {left}"
         pack = functools.partial(_pack_transposed, variant, top, left)
@@ -283,16 +314,17 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights = packed(a.weight, form, pack)
     box = (variant.slot_channels, *variant.plane)
     exact = a.normalizes  # rounded to TF32 when it is finished, else by the copy
-    maps = [channels_last_map(x.data_ptr(), x.dtype, (n, c, h, w), box, variant.stride, to_tf32=not exact)]
+    kind = torch.uint8 if variant.quantized else x.dtype  # bytes are copied alike whatever they are
+    maps = [channels_last_map(x.data_ptr(), kind, (n, c, h, w), box, variant.stride, to_tf32=not exact)]
     box = (min(variant.phase_rows, 64, 128 // variant.element_bytes), _TILE_H, _ROUND[variant.dtype])
     if variant.subpixel:
         pixel = variant.element_bytes * o
         parities = [out.data_ptr() + pixel * (p * out_w + q) for p in (0, 1) for q in (0, 1)]
         shape = (n, o, h, w)
-        outputs = [channels_last_map(at, x.dtype, shape, box, spread=2) for at in parities]
+        outputs = [channels_last_map(at, a.dtype, shape, box, spread=2) for at in parities]
         maps.append(TensorMap.joined(outputs))
     else:
-        maps.append(channels_last_map(out.data_ptr(), x.dtype, (n, o, out_h, out_w), box))
+        maps.append(channels_last_map(out.data_ptr(), a.dtype, (n, o, out_h, out_w), box))
     _kernel(index, variant, weights.launch_mode).launch(
         (blocks, 1, 1), _THREADS, memory.bytes,
         (
@@ -300,15 +332,23 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             activation.arguments(a.output_activation),
             out.data_ptr(), pointer(a.bias),
             *hopper.sums_arguments(a, mean, variance), n, h, w, out_h, out_w, top, left, tiles_x,
-            tiles_per_image, -(-_RECIPROCAL // tiles_x), -(-_RECIPROCAL // tiles_per_image),
+            tiles_per_image, -(-_RECIPROCAL // tiles_x), -(-_RECIPROCAL // tiles_per_image), *scale,
         ),
     )  # fmt: skip
-    return out, mean, variance, absent(x, x.dtype)
+    return out, mean, variance, absent(x, a.dtype)
 
 
 def _pack(variant: Variant, weight: Tensor) -> Tensor:
     """Weights (O, C, kh, kw) as (row block, slot, tap, chunk of 16 bytes of channels, 64 rows, channels)."""
     return _rows(variant, subpixel_weights(weight) if variant.subpixel else weight[None])
+
+
+def _pack_integers(variant: Variant, weight: Tensor) -> Tensor:
+    """Weights (O, C, kh, kw) as 8-bit integers in that layout, and behind them each row's scale, as bytes."""
+    integers, scales = quantized_weights(taps_of(weight, variant.subpixel))
+    rows = scales.new_zeros((len(scales), variant.phase_rows))
+    rows[:, : scales.shape[1]] = scales
+    return torch.cat((_rows(variant, integers).flatten(), rows.flatten().view(torch.int8)))
 
 
 def _pack_transposed(variant: Variant, top: int, left: int, weight: Tensor) -> Tensor:
@@ -322,7 +362,7 @@ def _rows(variant: Variant, taps: Tensor) -> Tensor:
     depth = variant.depth * variant.slot_channels
     rows = taps.new_zeros((len(taps), variant.phase_rows, depth, *taps.shape[3:]))
     rows[:, :o, :c] = taps
-    chunk = 16 // variant.element_bytes
+    chunk = 16 // variant.operand_bytes
     slot = variant.slot_channels // chunk, chunk
     blocks = tf32.rounded(rows).reshape(variant.row_blocks, 64, variant.depth, *slot, -1)
     return blocks.permute(0, 2, 5, 3, 1, 4).contiguous()

@@ -39,6 +39,8 @@ _RESIDENT = 3  # blocks of the channels_last kernel that a multiprocessor holds 
 _GRID_LIMIT = 65535
 _SIGNATURE = "PPPPPPPPf" + activation.SIGNATURE + "qqqiiiiiiii"
 _FACTORS = (1, 2, 0)  # compiled in; 0 takes the factor at run time
+_OUTPUTS = {**DTYPES, torch.int8: 3, torch.uint8: 4}
+_BYTES = min(_OUTPUTS[torch.int8], _OUTPUTS[torch.uint8])  # from here on OUTPUT is of 8 bits
 _EXTRA = {CHANNELS_LAST: "iii", CONTIGUOUS: "q", STRIDED: "iiqqqqqqqq"}
 
 
@@ -91,12 +93,16 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
     yield SOURCE, Variant(CHANNELS_LAST, 2, 0, 8, 2, 2, activation.LEAKY).constants()
     for layout, vector in ((CHANNELS_LAST, 8), (CONTIGUOUS, 8), (STRIDED, 1)):
         yield SOURCE, Variant(layout, 1, 1, vector, 1, 0, activation.PRELU).constants()
+    for dtype, parameter in ((1, 1), (1, 0), (2, 2)):
+        for output in (_OUTPUTS[torch.int8], _OUTPUTS[torch.uint8]):
+            yield SOURCE, Variant(CHANNELS_LAST, dtype, parameter, 8, 1, 0, FLOOR, -1, output).constants()
 
 
 @functools.cache
 def _kernel(index: int, variant: Variant) -> Kernel:
     slope = "Pq" if variant.activation == activation.PRELU else ""
-    signature = _SIGNATURE + slope + _EXTRA[variant.layout]
+    per_unit = "f" if variant.output >= _BYTES else ""
+    signature = _SIGNATURE + slope + per_unit + _EXTRA[variant.layout]
     mode = "overlapping" if torch.cuda.get_device_capability(index) >= (9, 0) else "ordinary"
     return load(SOURCE, "normalize", variant.constants(), index, signature, mode)
 
@@ -135,6 +141,7 @@ def apply(
     keep_channels_last: bool | None = None,
     slope: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    per_unit: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """pad(upsample_nearest(act(norm(x)) + residual)) in the asked layout; if ``keep``, what was padded too.
 
@@ -142,6 +149,10 @@ def apply(
     left, right, top, bottom, already checked; ``slope`` is a PReLU's, (1,) or (C,). Returns fresh tensors, in
     ``dtype`` or in that of ``x``. The caller has asked ``usable``, and ``converts`` for the residual's dtype
     and ``dtype``.
+
+    With ``per_unit``, ``dtype`` is int8 or uint8: the first result is rounded to integers after it was
+    multiplied by that, and the second is in the dtype of ``x``. Everything is channels_last then, of channels
+    in multiples of 16.
     """
     n, c, h, w = x.shape
     left, right, top, bottom = padding
@@ -150,7 +161,8 @@ def apply(
     out = empty_image((n, c, out_h, out_w), x, channels_last, dtype)
     if not keep or keep_channels_last is None:
         keep_channels_last = channels_last
-    kept = empty_image(x.shape, x, keep_channels_last, dtype) if keep else None
+    kept_dtype = dtype if per_unit is None else x.dtype
+    kept = empty_image(x.shape, x, keep_channels_last, kept_dtype) if keep else None
     if out.numel() == 0:
         return out, kept
     weight, bias, mean, variance = norm.weight, norm.bias, _float(norm.mean), _float(norm.variance)
@@ -171,7 +183,7 @@ def apply(
     pad = PADS[padding_mode] if any(padding) else 0
     factor = upsample if upsample in _FACTORS else 0
     function = activation.shared_code(norm.activation)
-    own = [-1 if t is None or t.dtype == x.dtype else DTYPES[t.dtype] for t in (residual, out)]
+    own = [-1 if t is None or t.dtype == x.dtype else _OUTPUTS[t.dtype] for t in (residual, out)]
     variant = Variant(layout, DTYPES[x.dtype], parameter, width, factor, pad, function, *own)
     kernel = _kernel(x.device.index, variant)
     arguments: tuple[Any, ...] = (
@@ -182,6 +194,9 @@ def apply(
     )  # fmt: skip
     if slope is not None:
         arguments = (*arguments, pointer(slope), slope.stride(0) if slope.shape[0] == c else 0)
+    if per_unit is not None:
+        assert layout == CHANNELS_LAST and width % 4 == 0
+        arguments = (*arguments, per_unit)
     if layout == CHANNELS_LAST:
         groups = c // width
         lanes, chunks = min(groups, _THREADS), -(-groups // _THREADS)

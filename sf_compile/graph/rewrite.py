@@ -143,6 +143,7 @@ class _Writer:
                 site.norm is not None and site.norm.mean is None,
                 pending is not None and pending.decision.keep, decision.channels_last,
                 isinstance(conv, ConvTranspose), decision.precision, self.written(decision),
+                None,
             ),
         )  # fmt: skip
         if pending is not None and pending.decision.keep:

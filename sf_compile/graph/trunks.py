@@ -151,6 +151,12 @@ def _continues(trunk: list[_Layer], layer: _Layer) -> bool:
     return before.kept_for == {layer.node} and layer.does("none", before.items[_KEPT], True)
 
 
+def _input_scales(trunk: list[_Layer]) -> list[float]:
+    """The scales of the convolutions that multiply 8-bit integers, 0 for the others; empty if none does."""
+    scales = [layer.arguments["input_scale"] or 0.0 for layer in trunk]
+    return scales if any(scales) else []
+
+
 def _replace(graph: fx.Graph, trunk: list[_Layer]) -> fx.Node:
     """Call ``residual_trunk`` in the place of the convolutions of ``trunk``."""
     first, last = trunk[0], trunk[-1]
@@ -164,6 +170,7 @@ def _replace(graph: fx.Graph, trunk: list[_Layer]) -> fx.Node:
             (
                 *(first.arguments[name] for name in finish), weights, norm_weights[1:], norm_biases[1:],
                 last.arguments["eps"], last.arguments["precision"],
+                _input_scales(trunk),
             ),
         )  # fmt: skip
     call.meta["sites"] = tuple(site for layer in trunk for site in layer.node.meta["sites"])

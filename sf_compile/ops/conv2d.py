@@ -19,6 +19,10 @@ result, of (H - 1) stride + kh rows, and may be negative on the right and below:
 What is computed in is ``precision``, one of ``sf_compile.precision``. Where that is not "auto", the input,
 the residual, weight and bias may be of any dtype: z, weight and bias are rounded to its storage, once, and
 everything that is returned has that dtype, but for ``output``, if it is given an ``out_dtype``.
+
+With an ``input_scale`` the products are of 8-bit integers (``sf_compile.ops.quantization``): z is rounded to
+multiples of that scale, the weights of each output channel to multiples of theirs. Gradients are those
+without it. Its kernels are for compute capability 9.0; other GPUs compute without it.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sf_compile.ops import reference
+from sf_compile.ops import quantization, reference
 from sf_compile.ops.activation_gradients import activation_gradient, gradient_by_value
 from sf_compile.ops.checks import (
     FLOATING,
@@ -53,7 +57,7 @@ SCHEMA = (
     "Tensor? norm_weight, Tensor? norm_bias, float eps, str activation, Tensor? residual, "
     "int upsample, int[4] padding, str padding_mode, int[2] stride, str output_activation, "
     "bool statistics, bool keep_input, bool channels_last, bool transposed=False, str precision='auto', "
-    "ScalarType? out_dtype=None) "
+    "ScalarType? out_dtype=None, float? input_scale=None) "
     "-> (Tensor output, Tensor mean, Tensor variance, Tensor kept_input)"
 )
 
@@ -87,6 +91,7 @@ class Arguments(NamedTuple):
     transposed: bool = False
     precision: str = "auto"
     out_dtype: torch.dtype | None = None
+    input_scale: float | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -157,6 +162,7 @@ def check(a: Arguments) -> tuple[Any, Any]:
         not a.keep_input or a.normalizes,
         lambda: "styleforge::conv2d: keep_input needs a norm, an activation or a residual to apply",
     )
+    quantization.check(a)
     if a.transposed:
         return _transposed_size(a)
     height, width = check_moves("conv2d", input, a.upsample, a.padding, a.padding_mode)
@@ -193,6 +199,8 @@ def absent(input: Tensor, dtype: torch.dtype) -> Tensor:
 
 def composed(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op out of the reference's pieces, one PyTorch call after another, on any device."""
+    if a.input_scale is not None:
+        return quantization.composed(a)
     z = a.input.to(a.dtype)
     if a.normalizes:
         z = reference.normalize(a.input, *a.norm, a.residual, dtype=a.dtype)
@@ -225,7 +233,8 @@ def _cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check(a)
     tensors = (a.weight, a.bias, a.residual)
     dtypes = {a.dtype, a.output_dtype, a.input.dtype, *(t.dtype for t in tensors if t is not None)}
-    return convolution.conv2d(a) if len(dtypes) == 1 and kernels.take(a.input) else composed(a)
+    plain = len(dtypes) == 1 and a.input_scale is None
+    return convolution.conv2d(a) if plain and kernels.take(a.input) else composed(a)
 
 
 def _cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -343,7 +352,7 @@ def _through_output_activation(grad: Tensor, output: Tensor, a: Arguments) -> Te
     """The gradient of what ``a.output_activation`` made ``output`` of, recomputed where it must be known."""
     through = gradient_by_value(grad, output, a.output_activation)
     if through is None:
-        plain = a._replace(output_activation="none", statistics=False, keep_input=False)
+        plain = a._replace(output_activation="none", statistics=False, keep_input=False, input_scale=None)
         raw = torch.ops.styleforge.conv2d.default(*plain)[0]
         dtype = statistics_dtype(raw.dtype)
         through = activation_gradient(grad.to(dtype), raw.to(dtype), a.output_activation)

@@ -3,12 +3,15 @@
 It is the calls of ``conv2d`` that it stands for, from which its gradient and its fake kernel follow. Where a
 kernel runs all of them in one launch (``sf_compile.cuda.residual_trunk``), and nobody wants to see the calls
 or needs a gradient, that one is launched instead.
+
+With ``input_scales``, one for each convolution, the calls multiply 8-bit integers where theirs is not 0. The
+kernel of one launch computes in 16 bits all the same: a picture that it takes is too small to gain anything.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +26,7 @@ from sf_compile.precision import storage
 SCHEMA = (
     "residual_trunk(Tensor input, Tensor? mean, Tensor? variance, Tensor? norm_weight, Tensor? norm_bias, "
     "float eps, str activation, Tensor[] weights, Tensor[] norm_weights, Tensor[] norm_biases, "
-    "float inner_eps, str precision='auto') "
+    "float inner_eps, str precision='auto', float[] input_scales=[]) "
     "-> (Tensor output, Tensor mean, Tensor variance, Tensor kept_input)"
 )
 
@@ -38,7 +41,7 @@ class Arguments(NamedTuple):
     ``input`` (N, C, H, W) is raw, and finished by ``mean`` to ``activation`` as ``conv2d`` does it. Two of
     ``weights`` (C, C, 3, 3) make a block, without biases; ``norm_weights`` and ``norm_biases`` (C,) belong to
     the instance norms between the convolutions, one fewer, all of ``inner_eps``. ``precision`` is the
-    convolutions'.
+    convolutions', and so are ``input_scales``: one for each, 0 for none, or an empty list for none at all.
     """
 
     input: Tensor
@@ -53,6 +56,12 @@ class Arguments(NamedTuple):
     norm_biases: list[Tensor]
     inner_eps: float
     precision: str = "auto"
+    input_scales: Sequence[float] = ()
+
+    @property
+    def scales(self) -> list[float | None]:
+        """The ``input_scale`` of each convolution."""
+        return [scale or None for scale in self.input_scales or [0.0] * len(self.weights)]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -70,31 +79,36 @@ def _checked(arguments: tuple[Any, ...]) -> Arguments:
         lambda: f"styleforge::residual_trunk: a block has two convolutions, and every one but the last has a "
         f"norm after it; got {depth} with {weights} norm weights and {biases} norm biases",
     )
+    require(
+        len(a.input_scales) in (0, depth),
+        lambda: f"styleforge::residual_trunk: {len(a.input_scales)} input_scales for {depth} convolutions",
+    )
     return a
 
 
 def _layer(
     x: Tensor, weight: Tensor, norm: _Norm, activation: str, residual: Tensor | None, keep: bool,
-    precision: str,
+    scale: float | None, precision: str,
 ) -> Convolution:  # fmt: skip
     """One convolution, which finishes its input by ``norm``, ``activation`` and ``residual``."""
     return Convolution(
         x, weight, None, *norm, activation, residual, 1, [1, 1, 1, 1], "reflect", [1, 1], "none", True, keep,
-        True, False, precision,
+        True, False, precision, None, scale,
     )  # fmt: skip
 
 
 def _layers(convolve: Callable[..., Any], a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The trunk by one call of ``convolve`` after another."""
     layer = functools.partial(_layer, precision=a.precision)
-    raw, mean, variance, z = convolve(*layer(a.input, a.weights[0], a[1:6], a.activation, None, True))
-    following = zip(a.weights[1:], a.norm_weights, a.norm_biases, strict=True)
-    for number, (weight, norm_weight, norm_bias) in enumerate(following, 1):
+    first, *scales = a.scales
+    raw, mean, variance, z = convolve(*layer(a.input, a.weights[0], a[1:6], a.activation, None, True, first))
+    following = zip(a.weights[1:], a.norm_weights, a.norm_biases, scales, strict=True)
+    for number, (weight, norm_weight, norm_bias, scale) in enumerate(following, 1):
         norm = mean, variance, norm_weight, norm_bias, a.inner_eps
         if number % 2:
-            raw, mean, variance, _ = convolve(*layer(raw, weight, norm, "relu", None, False))
+            raw, mean, variance, _ = convolve(*layer(raw, weight, norm, "relu", None, False, scale))
         else:
-            raw, mean, variance, z = convolve(*layer(raw, weight, norm, "none", z, True))
+            raw, mean, variance, z = convolve(*layer(raw, weight, norm, "none", z, True, scale))
     return raw, mean, variance, z
 
 
@@ -103,7 +117,7 @@ def _on_cuda(convolve: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Ten
     from sf_compile.cuda import packing, residual_trunk
 
     a = _checked(arguments)
-    check(_layer(a.input, a.weights[0], a[1:6], a.activation, None, True, a.precision))
+    check(_layer(a.input, a.weights[0], a[1:6], a.activation, None, True, a.scales[0], a.precision))
     finish = residual_trunk.Finish(*a[1:6], a.activation == "relu")
     norms = list(zip(a.norm_weights, a.norm_biases, strict=True))
     dtype = storage(a.precision, a.input.dtype)

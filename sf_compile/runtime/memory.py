@@ -225,10 +225,13 @@ class _Run(fx.Interpreter):
             return
         arguments = dict(zip([a.name for a in target._schema.arguments], self._arguments(node), strict=False))
         if name == "styleforge::residual_trunk":
-            self.temporary[node] = _bytes(arguments["input"])  # through which the blocks exchange rows
-            for weight in arguments["weights"]:
-                like = {"input": arguments["input"], "weight": weight, "upsample": 1, "transposed": False}
-                self.convolutions.append(_Convolution({**like, "statistics": True}, value[0]))
+            x, weights, scales = (arguments[name] for name in ("input", "weights", "input_scales"))
+            # Through which the blocks exchange rows; and where calls multiply integers, these.
+            self.temporary[node] = _bytes(x) + (x.numel() if scales else 0)
+            for weight, scale in zip(weights, scales or [None] * len(weights), strict=True):
+                like = {"input": x, "weight": weight, "upsample": 1, "transposed": False}
+                like |= {"statistics": True, "input_scale": scale}
+                self.convolutions.append(_Convolution(like, value[0]))
         elif name == "styleforge::conv2d":
             convolution = _Convolution({"transposed": False, **arguments}, value[0])
             self.convolutions.append(convolution)
@@ -318,6 +321,8 @@ def _finished_apart(convolution: _Convolution) -> int:
     """Bytes of the finished input that a pass of its own writes for a convolution, and that is not kept."""
     a = convolution.arguments
     x = a["input"]
+    if a.get("input_scale") is not None:
+        return int(x.numel())  # 8-bit integers, beside what is kept
     if convolution.fused:
         apart = a["residual"] is not None and not a["keep_input"]
         return x.numel() * convolution.dtype.itemsize if apart else 0
@@ -345,7 +350,9 @@ def _packed(convolution: _Convolution) -> int:
         out, channels = channels, out
     taps = 16 if convolution.subpixel else height * width
     rows = out if convolution.subpixel and out <= 32 else -(-out // 64) * 64
-    return int(rows * -(-channels // 16) * 16 * taps) * convolution.dtype.itemsize
+    # Where integers are multiplied, the call that settles their scales has multiplied the others.
+    size = convolution.dtype.itemsize + bool(convolution.arguments.get("input_scale"))
+    return int(rows * -(-channels // 16) * 16 * taps) * size
 
 
 def _workspaces(convolutions: Sequence[_Convolution]) -> int:
