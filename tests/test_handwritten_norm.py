@@ -322,6 +322,22 @@ def test_near_miss_is_left_alone(name):
     assert reason is None or any(reason in given for given in reasons), reasons
 
 
+def test_strides_that_no_op_returns_are_left_alone():
+    """PyTorch's own norm returns a contiguous picture; one by hand keeps the strides of its input."""
+
+    def by_hand(x: Tensor) -> Tensor:
+        return (x - x.mean((2, 3), True)) / (x.var((2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
+
+    x = torch.randn(2, 4, 6, 5)
+    turned = torch.randn(2, 4, 5, 6).transpose(2, 3)
+    cases = (by_hand, turned, False), (by_hand, x, True), (F.instance_norm, turned, True)
+    for body, picture, fused in cases:
+        compiled, made = fuse(body)
+        assert compiled(picture).stride() == body(picture).stride()
+        torch.testing.assert_close(compiled(picture), body(picture), rtol=1e-5, atol=1e-5)
+        assert (found(made[0].analysis) != []) == fused
+
+
 @pytest.mark.parametrize("body", [adain, starganv2, munit, munit_layer_norm, group_norm_with_a_bias_before])
 def test_gradients_are_eager_s(body):
     model = Layers(body).double()

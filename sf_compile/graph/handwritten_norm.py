@@ -20,7 +20,7 @@ from sf_compile.graph.expressions import is_number, read, readers, reads_shape, 
 from sf_compile.graph.norm_affine import Affine, follow
 from sf_compile.graph.norm_forms import NormForm, norm_at
 from sf_compile.graph.picture_norm import picture_norm
-from sf_compile.graph.values import Miss, same_shape, value_of
+from sf_compile.graph.values import Miss, dense, same_shape, value_of
 from sf_compile.graph.walls import Walls
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,8 @@ def _refusal(norm: NormForm, affine: Affine, walls: Walls, autocast: frozenset[s
     value, picture = value_of(end), value_of(norm.picture)
     if value.dtype != picture.dtype:
         return f"a norm of {picture.dtype} in {value.dtype}"
+    if not dense(value):
+        return "a norm whose result is neither contiguous nor channels_last"
     if torch.is_autocast_enabled(picture.device.type) or any(x.name in autocast for x in (*inside, end)):
         return "autocast around a hand-written norm"
     for node in (*norm.nodes, *affine.nodes):

@@ -28,21 +28,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from sf_compile.activations import Activation
 from sf_compile.graph import spelling
 from sf_compile.graph.steps import Activate, Add, Affine, Conv, ConvTranspose, Pad, Upsample
-from sf_compile.graph.values import AUTOCAST_DTYPES, Miss, arguments_of, not_a_picture, value_of
+from sf_compile.graph.values import AUTOCAST_DTYPES, Miss, arguments_of, dense, not_a_picture, value_of
 
 # Beyond 8, floor(i * (1 / factor)) in float32 has not been shown to equal i // factor.
 UPSAMPLE_FACTORS = (2, 3, 4, 5, 6, 7, 8)
 PADDING_MODES = {"reflect": "reflect", "replicate": "replicate", "constant": "zeros"}
-
-
-def dense(value: torch.Tensor) -> bool:
-    """Whether (N, C, H, W) is surely contiguous or channels_last, the two layouts that the ops return."""
-    _, c, h, w = value.shape
-    for strides in ((c * h * w, h * w, w, 1), (c * h * w, 1, w * c, c)):
-        pairs = zip(value.shape, value.stride(), strides, strict=True)
-        if all(statically_known_true(size == 1) or statically_known_true(a == b) for size, a, b in pairs):
-            return True
-    return False
 
 
 def upsample(node: fx.Node) -> Upsample | Miss:

@@ -52,6 +52,16 @@ def same_sizes(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
 
 
+def dense(value: torch.Tensor) -> bool:
+    """Whether (N, C, H, W) is surely contiguous or channels_last, the two layouts that the ops return."""
+    _, c, h, w = value.shape
+    for strides in ((c * h * w, h * w, w, 1), (c * h * w, 1, w * c, c)):
+        pairs = zip(value.shape, value.stride(), strides, strict=True)
+        if all(statically_known_true(size == 1) or statically_known_true(a == b) for size, a, b in pairs):
+            return True
+    return False
+
+
 def not_a_picture(node: fx.Node, what: str) -> Miss | None:
     """Why the output of ``node`` is not a picture that the ops take; None if it is one."""
     value = value_of(node)
