@@ -119,8 +119,8 @@ DEVICE void clear_total(SumsWorkspace* workspace, i64 channels, i64 channel) {
 }
 
 // Called by `threads` threads after their last add_share: whether theirs, which count for `share`, complete `whole`;
-// then they see what all have added, and the count is 0 again. `thread` counts them from 0, `barrier` is a hardware barrier
-// of theirs.
+// then they see what all have added, and the count is 0 again. `thread` counts them from 0, `barrier` is a hardware
+// barrier of theirs.
 DEVICE bool completes(u32* count, u32 share, u32 whole, int thread, int threads, int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
   u32 last = 0;

@@ -19,14 +19,14 @@
 //    window (x - 1, x) instead and write the columns 2x and 2x - 1, over one window more.
 //  * A transposed convolution of stride 2 with up to 4x4 taps, cut to twice the picture, sees the same 2x2 pixels: it
 //    is this form with zeros around the source, and with weights of another packing.
-//  * QUANTIZED, a finished input and the weights are 8-bit integers, the sums exact. Each row of the product has a scale
-//    of its own, behind the weights, which times `input_scale` is what a sum is multiplied by. Integers have no NaN: where
-//    a mean or a variance of the input's norm is not finite, so is all of that image's output.
+//  * QUANTIZED, a finished input and the weights are 8-bit integers, the sums exact. Each row of the product has a
+//    scale of its own, behind the weights, which times `input_scale` is what a sum is multiplied by. Integers have no
+//    NaN: where a mean or a variance of the input's norm is not finite, so is all of that image's output.
 //
 // Constants: DTYPE, PARAMETER, CHANNELS (in), OUT_CHANNELS, KERNEL_H, KERNEL_W, STRIDE (1, 2), SUBPIXEL, PAD (0 none,
-// 1 zeros, 2 reflect, 3 replicate; of the source when SUBPIXEL), SLOT_CHANNELS (16, 32; of float32 8, 16; of 8 bits 32, 64),
-// SLOTS, STREAMED, QUANTIZED (of hopper.cuh), TRANSFORM (0 where the input is finished), ACTIVATION (of activation.cuh: one of its first few), STATISTICS, BIAS,
-// OUTPUT_ACTIVATION.
+// 1 zeros, 2 reflect, 3 replicate; of the source when SUBPIXEL), SLOT_CHANNELS (16, 32; of float32 8, 16; of 8 bits 32,
+// 64), SLOTS, STREAMED, QUANTIZED (of hopper.cuh), TRANSFORM (0 where the input is finished), ACTIVATION (of
+// activation.cuh: one of its first few), STATISTICS, BIAS, OUTPUT_ACTIVATION.
 #define MMA_N 256
 #define WIDE_STRIDE (STRIDE == 2 && PIXEL_BYTES == 64)  // needs more registers to prepare its slots
 #include "activation.cuh"

@@ -214,8 +214,8 @@ template <int kRegisters> DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// A number that all threads of a warp have, in a form in which the compiler knows that: descriptors made of it need no way
-// from a thread's registers to the warp's.
+// A number that all threads of a warp have, in a form in which the compiler knows that: descriptors made of it need no
+// way from a thread's registers to the warp's.
 DEVICE u32 of_warp(u32 value) { return __shfl_sync(~0u, value, 0); }
 // The opposite: `lane` is this thread's, which the compiler does not know to be what is added here.
 DEVICE int of_thread(int value, int lane) {

@@ -332,9 +332,9 @@ DEVICE void multiply_and_add(const Shared& shared, const Geometry& g, const uint
 extern "C" __global__ void __launch_bounds__(384, 1) last_conv(
     const element* __restrict__ x, const uint4* __restrict__ weights, const float* mean,
     const float* variance, const parameter* norm_weight, const parameter* norm_bias, float eps,
-    i64 image_stride, i64 weight_stride, i64 bias_stride, const element* bias, Storage<OUTPUT>::type* out, int images, int height, int width, int out_height,
-    int out_width, int top, int left, int pad, int channels_last, Activation activation,
-    Activation output_activation) {
+    i64 image_stride, i64 weight_stride, i64 bias_stride, const element* bias, Storage<OUTPUT>::type* out, int images,
+    int height, int width, int out_height, int out_width, int top, int left, int pad, int channels_last,
+    Activation activation, Activation output_activation) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const Shared shared(shared_address(memory));
   const Geometry g = {images, height, width, out_height, out_width, top, left, pad};

@@ -48,11 +48,12 @@ typedef Storage<KEPT>::type keeping;
 #define WITH_SLOPE(channel) activation
 #endif
 
-#define ARGUMENTS                                                                                          \
-  const element *__restrict__ x, const added *__restrict__ residual, result *__restrict__ out,             \
-      keeping *__restrict__ kept, const float *mean, const float *variance, const parameter *weight,       \
+#define ARGUMENTS                                                                                                   \
+  const element *__restrict__ x, const added *__restrict__ residual, result *__restrict__ out,                      \
+      keeping *__restrict__ kept, const float *mean, const float *variance, const parameter *weight,                \
       const parameter *bias, float eps, Activation activation, i64 image_stride, i64 weight_stride, i64 bias_stride, \
-      int channels, int height, int width, int run_time_factor, int top, int left, int out_height, int out_width SLOPES PER_UNIT
+      int channels, int height, int width, int run_time_factor, int top, int left, int out_height,                  \
+      int out_width SLOPES PER_UNIT
 #define FACTOR (UPSAMPLE ? UPSAMPLE : run_time_factor)
 
 #if LAYOUT == CHANNELS_LAST
@@ -67,8 +68,8 @@ typedef Storage<KEPT>::type keeping;
 // One segment of a row: pixels start, start + columns, ... below end, UNROLL loads in flight.
 template <bool kResidual, bool kKeep> DEVICE void write_row(
     const Affine (&affine)[VECTOR], ACTIVATIONS(activation), const element* from_row, const added* more_row,
-    result* to_row, keeping* kept_row, bool zero_row, int start, int end, int columns, int channels, int left, int width,
-    int factor PER_UNIT) {
+    result* to_row, keeping* kept_row, bool zero_row, int start, int end, int columns, int channels, int left,
+    int width, int factor PER_UNIT) {
   for (int x0 = start; x0 < end; x0 += UNROLL * columns) {
     Vector<VECTOR> in[UNROLL];
     Vector<VECTOR, RESIDUAL> more[UNROLL];
@@ -231,11 +232,11 @@ extern "C" __global__ void __launch_bounds__(256) normalize(
       if (residual) value += to_float<RESIDUAL>(residual[add.at(n, c, from_y, from_x)]);
     }
     const result written = from_float<OUTPUT>(value);
-    const i64 row = (i64)y * out_width;
-    out[out_channels_last ? (n * out_pixels + row) * channels + i : (n * channels + c) * out_pixels + row + at] = written;
+    const i64 row = (i64)y * out_width, plane = n * channels + c;
+    out[out_channels_last ? (n * out_pixels + row) * channels + i : plane * out_pixels + row + at] = written;
     if (kept && owns(y, top, height, factor) && owns(at, left, width, factor)) {
       const i64 pixel = (i64)from_y * width + from_x;
-      kept[kept_channels_last ? (n * pixels + pixel) * channels + c : (n * channels + c) * pixels + pixel] = written;
+      kept[kept_channels_last ? (n * pixels + pixel) * channels + c : plane * pixels + pixel] = written;
     }
   }
 }

@@ -17,7 +17,8 @@
 // Constants: DTYPE, PARAMETER, CHANNELS (64, 128), RELU (of x's norm), STAGES of the ring.
 #define MMA_N 128
 #define COPIES 1  // of the totals: a block has one tile, so few blocks add to them
-#define SECTOR_STRIDE 64  // all blocks add at once, and then all read: neighbours would wait for one part of the L2 cache
+// All blocks add at once, and then all read: neighbours would wait for one part of the L2 cache.
+#define SECTOR_STRIDE 64
 #include "channel_sums.cuh"
 #include "hopper.cuh"
 #include "norm.cuh"

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sf_compile.cuda import halo_conv, hopper
-from sf_compile.cuda.halo_conv import Variant
+from sf_compile.cuda import halo_conv, halo_variant, hopper
+from sf_compile.cuda.halo_variant import Variant
 from sf_compile.ops.conv2d import Arguments
+from sf_compile.subpixel import subpixel_weights
 
 TILE = (8, 32)  # as in the source: rows, columns
 MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
@@ -56,7 +57,7 @@ def test_packed_weights_of_a_plain_convolution(channels, out_channels, dtype):
         # Whole numbers, so that float64 is exact in any order.
         weight = torch.randint(-9, 10, (out_channels, channels, *kernel)).double()
         padded = torch.randint(-9, 10, (channels, 7, 9)).double()
-        out = torch.cat(products(v, halo_conv._pack(v, weight), padded))
+        out = torch.cat(products(v, halo_variant.pack(v, weight), padded))
         assert torch.equal(out[:out_channels], F.conv2d(padded[None], weight, stride=stride)[0])
         assert not out[out_channels:].any()
 
@@ -96,15 +97,15 @@ def test_packed_weights_of_an_enlarging_convolution(channels, out_channels, dtyp
     for mode in MODES:
         # Reflecting the enlarged picture by a pixel is replicating the small one's.
         padded = F.pad(x, [1] * 4, mode=MODES["replicate" if mode == "reflect" else mode])[0]
-        out = enlarged_by(v, halo_conv._pack(v, weight), padded)
+        out = enlarged_by(v, halo_variant.pack(v, weight), padded)
         exact = F.conv2d(F.pad(enlarged, [1] * 4, mode=MODES[mode]), weight)[0]
         assert torch.equal(out, exact)
 
 
 def test_summed_weights_are_rounded_once():
     weight = (torch.randn(16, 8, 3, 3) * 100).half()
-    exact = halo_conv.subpixel_weights(weight.double())
-    summed = halo_conv.subpixel_weights(weight)
+    exact = subpixel_weights(weight.double())
+    summed = subpixel_weights(weight)
     assert summed.dtype == torch.float16 and torch.equal(summed, exact.half())
     corners = (summed[0, ..., 0, 0], summed[1, ..., 0, 1], summed[2, ..., 1, 0], summed[3, ..., 1, 1])
     for corner, original in zip(corners, ((0, 0), (0, 2), (2, 0), (2, 2)), strict=True):
@@ -239,7 +240,7 @@ def test_shared_memory_suffices_and_is_there():
 
 
 def test_variants_are_distinct_and_fit():
-    made = list(halo_conv.variants())
+    made = list(halo_variant.variants())
     assert len(made) == 87 and {source for source, _ in made} == {halo_conv.SOURCE}
     assert len({tuple(sorted(constants.items())) for _, constants in made}) == len(made)
     names = {"SLOT_CHANNELS", "SLOTS", "STREAMED", *(field.upper() for field in Variant._fields)}

@@ -160,8 +160,8 @@ def test_a_chain_in_which_each_layer_waits_for_the_one_before(layers):
 
 def test_a_weight_is_packed_once_for_each_version(layer, monkeypatch):
     packs = []
-    pack = halo_conv._pack
-    monkeypatch.setattr(halo_conv, "_pack", lambda *given: packs.append(0) or pack(*given))
+    pack = halo_conv.pack
+    monkeypatch.setattr(halo_conv, "pack", lambda *given: packs.append(0) or pack(*given))
     a = made(layer, (1, 37, 53))
     a = a._replace(weight=torch.nn.Parameter(a.weight))
     with torch.no_grad():

@@ -10,6 +10,7 @@ import torch
 import sf_compile
 from sf_compile.backend import styleforge
 from sf_compile.models import TransformerNet
+from sf_compile.runtime.calibration import psnr
 from sf_compile.runtime.out_of_memory import OutOfMemory
 
 pytestmark = pytest.mark.gpu
@@ -41,6 +42,8 @@ hopper = pytest.mark.skipif(
 
 
 SHAPES = [(1, 3, 512, 512), (1, 3, 1080, 1920), (1, 3, 2160, 3840), (8, 3, 512, 512)]
+# Pictures in one piece, and the GB (10^9 bytes) that a call may take with its input and result.
+LIMITS = {(1, 3, 2160, 3840): 1.2, (1, 3, 4320, 7680): 4.5}
 
 
 @hopper
@@ -62,6 +65,22 @@ def test_the_prediction_holds(shape):
             graphed(x)
 
         assert peak(captured) + predicted.input == pytest.approx(predicted.graph, rel=0.1)
+
+
+@hopper
+@pytest.mark.parametrize("shape", LIMITS)
+def test_large_pictures_in_one_piece(shape):
+    model, x = network(), picture(*shape)
+    with torch.no_grad():
+        predicted = sf_compile.explain(model, x).memory[0]
+        ours = torch.compile(model, backend=styleforge)
+        for _ in range(2):
+            ours(x)
+        measured = peak(lambda: ours(x)) + predicted.input + predicted.workspaces
+        assert measured == pytest.approx(predicted.peak, rel=0.1)
+        assert measured < LIMITS[shape] * 1e9
+        theirs = model(x).float()
+        assert psnr(theirs, ours(x).float()) > 60
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from quantized_layers import CASES, PLAIN, SKIP, UP, Layer, made
 
 from sf_compile import ops
-from sf_compile.cuda import halo_conv, hopper, normalization, quantized_conv
+from sf_compile.cuda import halo_conv, halo_variant, hopper, normalization, quantized_conv
 from sf_compile.ops import quantization, reference
 from sf_compile.ops.conv2d import Arguments
 
@@ -209,7 +209,7 @@ def test_weights_are_packed_as_bytes_with_their_scales_behind():
     a = made(UP._replace(channels=64, out_channels=40), (1, 9, 11))
     variant = halo_conv._variant(a)
     integers, scales = quantization.quantized_weights(quantization.taps_of(a.weight, True))
-    packed = halo_conv._pack_integers(variant, a.weight)
+    packed = halo_variant.pack_integers(variant, a.weight)
     assert packed.dtype == torch.int8 and packed.dim() == 1
     rows = 4 * variant.phase_rows
     tail = packed[-4 * rows :].view(torch.float32).reshape(4, variant.phase_rows)

@@ -13,7 +13,7 @@ from test_halo_conv import COUNTS, enlarged_by, variant
 from torch import Tensor
 
 from sf_compile import ops
-from sf_compile.cuda import convolution, first_conv, halo_conv, hopper, last_conv
+from sf_compile.cuda import convolution, first_conv, halo_conv, halo_variant, hopper, last_conv
 from sf_compile.ops.conv2d import Arguments
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -158,7 +158,7 @@ def test_packed_weights(channels, out_channels):
     padded = F.pad(x, [1] * 4)[0]
     for (kh, top, below), (kw, left, right) in zip(SEES_TWO, SEES_TWO[1:] + SEES_TWO[:1], strict=True):
         weight = torch.randint(-9, 10, (channels, out_channels, kh, kw)).double()
-        out = enlarged_by(v, halo_conv._pack_transposed(v, top, left, weight), padded)
+        out = enlarged_by(v, halo_variant.pack_transposed(v, top, left, weight), padded)
         assert torch.equal(out, exact_of(x, weight, (top, below), (left, right))[0])
 
 

@@ -25,6 +25,7 @@ from sf_compile.cpu.forms import is_subpixel, is_winograd
 from sf_compile.cuda.packing import packed
 from sf_compile.ops import reference
 from sf_compile.ops.conv2d import Arguments, absent
+from sf_compile.subpixel import subpixel_weights
 
 _FEW_CHANNELS = 4
 _LEAST_COLUMNS = 5
@@ -60,8 +61,6 @@ def _direct_weights(weight: Tensor) -> Tensor:
 
 def _subpixel_weights(weight: Tensor) -> Tensor:
     """(O, C, 3, 3) as (4 O, C, 2, 2)."""
-    from sf_compile.cuda.halo_conv import subpixel_weights
-
     return subpixel_weights(weight.float()).flatten(0, 1).contiguous(memory_format=torch.channels_last)
 
 

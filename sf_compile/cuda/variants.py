@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from sf_compile.cuda import (
     first_conv,
-    halo_conv,
+    halo_variant,
     instance_norm,
     last_conv,
     mma_conv,
@@ -47,7 +47,7 @@ def every(arch: str) -> Iterator[tuple[str, dict[str, int]]]:
     yield from picture.variants()
     yield from mma_conv.variants(arch)
     if arch == "sm_90a":
-        yield from halo_conv.variants()
+        yield from halo_variant.variants()
         yield from first_conv.variants()
         yield from last_conv.variants()
         yield from residual_trunk.variants()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sf_compile.ops import reference
 from sf_compile.ops.checks import require
+from sf_compile.subpixel import subpixel_weights
 
 if TYPE_CHECKING:
     from sf_compile.ops.conv2d import Arguments
@@ -100,8 +101,6 @@ def quantized_weights(taps: Tensor) -> tuple[Tensor, Tensor]:
 
 def taps_of(weight: Tensor, subpixel: bool) -> Tensor:
     """Weights (O, C, kh, kw) as (phase, O, C, rows, columns) of what is computed, float32."""
-    from sf_compile.cuda.halo_conv import subpixel_weights
-
     weight = weight.float()
     return subpixel_weights(weight) if subpixel else weight[None]
 
