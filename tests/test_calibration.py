@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_quantize import captured
 from torch import Tensor, nn
 
@@ -360,6 +361,33 @@ def test_pictures_and_sizes_that_follow_use_the_same_scales(caplog):
             x = picture(height, width, i)
             assert psnr(g(x), f(x)) > 38
     assert calls == len(caplog.records) == 1
+
+
+def test_the_first_call_writes_and_draws_once():
+    """Settling runs the graph several times, of which the model knows nothing."""
+
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
+            return self.net(F.dropout(x.mul_(2), 0.1, True))
+
+    model, x = Writing().eval(), picture()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        F.dropout(x, 0.1, True)
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    mine = x.clone()
+    f = compiled(model, min_psnr=0)
+    with torch.no_grad():
+        f(mine)
+    assert torch.equal(mine, 2 * x) and model.calls == 1
+    assert torch.equal(torch.get_rng_state(), after)
 
 
 def test_a_training_step_is_that_of_float16():

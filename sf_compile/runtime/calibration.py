@@ -71,7 +71,7 @@ def calibrate(
     left = {site: reason for site, reason in sites.items() if reason is not None}
     with torch.no_grad():
         observed = _Observed(gm, [site for site in sites if site not in left])
-        wanted = _pictures(observed.run(*inputs))
+        wanted = _pictures(_undone(observed.run, inputs))
         _check(wanted)
         scales = dict(observed.scales)
         left.update(observed.refusals)
@@ -80,7 +80,7 @@ def calibrate(
             """The least of the results' PSNR."""
             if not scales:
                 return math.inf
-            return min(map(psnr, wanted, _pictures(quantize(scales)(*inputs))))
+            return min(map(psnr, wanted, _pictures(_undone(quantize(scales), inputs))))
 
         found = closeness(scales)
         if found < min_psnr:
@@ -93,6 +93,16 @@ def calibrate(
                 if found >= min_psnr:
                     break
     return Calibration(scales, left, found, min_psnr)
+
+
+def _undone(run: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+    """What ``run`` returns, without what else it does: the call itself is yet to come.
+
+    It may write into its inputs, a counting buffer for one, and draw random numbers: each run the same.
+    """
+    gpus = {x.device.index for x in inputs if isinstance(x, Tensor) and x.is_cuda}
+    with torch.random.fork_rng(sorted(gpus)):
+        return run(*(x.clone() if isinstance(x, Tensor) else x for x in inputs))
 
 
 class _Observed(fx.Interpreter):
