@@ -34,10 +34,15 @@ def fixed_seed():
 
 
 @pytest.fixture(autouse=True)
-def small_pictures_are_fused(request, monkeypatch):
-    """On a CPU too, where they would run as they came: nearly all pictures of the tests are small."""
-    if "small_pictures" not in request.keywords:
-        monkeypatch.setattr(BreakEven, "is_reached", lambda self, inputs: True)
+def small_pictures_are_fused(request):
+    """On a CPU too, where they would run as they came: nearly all pictures of the tests are small.
+
+    By a patch of its own: ``monkeypatch`` would be undone later, after fixtures that count on it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if "small_pictures" not in request.keywords:
+            patch.setattr(BreakEven, "is_reached", lambda self, inputs: True)
+        yield
 
 
 @pytest.fixture
