@@ -334,10 +334,3 @@ DEVICE Pair rounded_relu(float first, float second) {
   return bits;
 }
 #endif
-
-// x rounded to the nearest number of TF32: a product alone would cut its last 13 bits off.
-DEVICE u32 round_to_tf32(float x) {
-  u32 bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return bits;
-}

@@ -4,13 +4,14 @@
 //   z   = act((x - mean) / sqrt(variance + eps) * weight + bias) (+ residual),  written to `kept` if asked for
 //   out = act(conv(pad(upsample_nearest(z))) + bias)
 //
-// The product's rows are 16 pixels of a row of the output, its columns 8 output channels, its depth 16 input channels
-// of one tap (of fewer channels, several taps of a row).
+// The product's rows are 16 pixels of a row of the output, its columns 8 output channels, its depth 32 bytes: 16 input
+// channels of one tap, or 8 of float32 in TF32 (of fewer channels, several taps of a row).
 //  * A tile's input, enlarged and padded by an index map that is made once a tile, comes with its halo in chunks of
-//    CHUNK channels, through registers, where it is finished. The next chunk's loads are under way while one is
+//    CHUNK_BYTES a pixel, through registers, where it is finished. The next chunk's loads are under way while one is
 //    multiplied.
 //  * A tap is another start address in the chunk, so a stride costs nothing. Taps of one column are taken in an order
-//    in which a warp's rows of pixels move up by one: each is loaded once.
+//    in which a warp's rows of pixels move up by one: each is loaded once. What a product needs is loaded while those
+//    before it are multiplied.
 //  * Weights come in the order of the products' registers, in stages of COLUMNS columns of taps, through a ring that
 //    cp.async fills, or stay in shared memory for the whole of a persistent block (STAGES 0).
 //  * Results leave by rows of 16 pixels, through shared memory of the warp's own.
@@ -19,8 +20,8 @@
 // none, 1 zeros, 2 reflect, 3 replicate), VECTOR (channels a load takes of a channels_last picture; 1 of any other),
 // PLANAR (the input is contiguous: neighbouring threads load neighbouring pixels), OUT_PLANAR, OUT_VECTOR (elements a
 // store takes), RELU, RESIDUAL, KEEP (strides 1), TRANSFORM (0 where the input is finished), STATISTICS, BIAS,
-// OUTPUT_RELU; and how it is cut: CHUNK (4, 8, 16, 32), ROWS (of a warp), WARPS_M, WARPS_N, TILES_N (products side by
-// side in a warp, up to 4), COLUMNS (1 or all), STAGES, BLOCKS (of a multiprocessor).
+// OUTPUT_RELU; and how it is cut: CHUNK_BYTES (8, 16, 32, 64), ROWS (of a warp), WARPS_M, WARPS_N, TILES_N (products
+// side by side in a warp: 1 to 4, 6, 8), COLUMNS (1 or all), STAGES, BLOCKS (of a multiprocessor).
 #include "dependent_launch.cuh"
 #include "mma_tile.cuh"
 
@@ -59,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       const int thread = thread_index();
       const unsigned char* from = weights + ((i64)channel_block * STEPS + stage % STEPS) * STAGE_BYTES + thread * 16;
       const u32 to = shared_address(memory) + stage % RING * STAGE_BYTES + thread * 16;
-#pragma unroll 1
+#pragma unroll 16
       for (int i = 0; i < STAGE_BYTES; i += THREADS * 16)
         if (i + THREADS * 16 <= STAGE_BYTES || i + thread * 16 < STAGE_BYTES) copy_async(to + i, from + i);
     }
@@ -92,45 +93,51 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   struct Place {
     u32 pixel, channel;  // of the halo; of the chunk
   };
-  auto place = [&](int i) {  // of this thread's unit i of a chunk
-    const u32 unit = i * THREADS + thread;
+  auto exists = [&](int i) { return ALL_EXIST || i * THREADS + thread < UNITS; };
+  auto place = [&](int i) {  // of this thread's unit i of a chunk; of its last unit where that does not exist
+    const u32 unit = exists(i) ? i * THREADS + thread : UNITS - 1;
     return PLANAR ? Place{unit % PIXELS, unit / PIXELS * UNIT} : Place{unit / PIXEL_UNITS, unit % PIXEL_UNITS * UNIT};
   };
-  auto load_unit = [&](Unit& unit, int i, int j, int chunk) {
+  // Free of branches, to be done among products: a unit that is a zero, or that nobody asks for, is read from the
+  // image's first pixel and thrown away.
+  auto load_unit = [&](Unit& unit, int i, int j, int chunk, bool wanted) {
     const Place at = place(i);
-    const bool exists = i * THREADS + thread < UNITS;
-    unit.entry = exists ? shared.table(j)[at.pixel] : -1;
+    const int entry = shared.table(j)[at.pixel];
+    unit.entry = exists(i) && wanted ? entry : -1;
     const int channel = chunk * CHUNK + at.channel;
-    const i64 pixel = unit.entry >> 1, image = shared.tile(j).offset;
-    unit.raw.load(picture, image + pixel * picture.pixel + channel * picture.channel, channel, unit.entry >= 0);
-    if (RESIDUAL) unit.more.load(more, image + pixel * more.pixel + channel * more.channel, channel, unit.entry >= 0);
+    const i64 pixel = max(unit.entry, 0) >> 1, image = shared.tile(j).offset;
+    unit.raw.load(picture, image + pixel * picture.pixel + channel * picture.channel, channel);
+    if (RESIDUAL) unit.more.load(more, image + pixel * more.pixel + channel * more.channel, channel);
   };
   auto store_unit = [&](const Unit& unit, int i, int j, int chunk, int buffer) {
-    if (i * THREADS + thread >= UNITS) return;
     const Place at = place(i);
     const int channel = chunk * CHUNK + at.channel;
     const float4* affines = reinterpret_cast<const float4*>(shared.affines(j) + channel);
-    u32 pairs[UNIT / 2];
+    u32 z[UNIT_WORDS], operand[UNIT_WORDS];
 #pragma unroll
-    for (int k = 0; k < UNIT / 2; k++) {
-      pairs[k] = unit.raw.pair(k);
-      if (TRANSFORM)  // what padding with zeros adds is not transformed
-        pairs[k] = unit.entry < 0 ? 0 : finished(affines[k], pairs[k], RESIDUAL ? unit.more.pair(k) : 0);
+    for (int k = 0; k < UNIT_WORDS; k++) {
+      z[k] = unit.raw.word(k);
+      if (TRANSFORM) z[k] = finished(affines, k, z[k], RESIDUAL ? unit.more.word(k) : 0);
+      operand[k] = unit.entry < 0 ? 0 : operand_of(z[k]);  // what padding with zeros adds is not transformed
     }
-    unsigned char* to = shared.halo(buffer) + at.pixel * PITCH + at.channel * 2;
-    if constexpr (UNIT == 8) *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    else *reinterpret_cast<uint2*>(to) = make_uint2(pairs[0], pairs[1]);
+    unsigned char* to = shared.halo(buffer) + at.pixel * PITCH + at.channel * ELEMENT_BYTES;
+    if (exists(i)) {
+      if constexpr (UNIT_WORDS == 4)
+        *reinterpret_cast<uint4*>(to) = make_uint4(operand[0], operand[1], operand[2], operand[3]);
+      else
+        *reinterpret_cast<uint2*>(to) = make_uint2(operand[0], operand[1]);
+    }
     // The blocks of other output channels read the same input: they share the writing of it.
     if (KEEP && unit.entry >= 0 && (unit.entry & 1) && chunk * CHANNEL_BLOCKS / CHUNKS == channel_block) {
       const i64 pixel = unit.entry >> 1;
       element* keep =
           kept + shared.tile(j).offset + (OUT_PLANAR ? pixel + channel * pixels : pixel * CHANNELS + channel);
-      if (!OUT_PLANAR && CHANNELS % 8 == 0 && UNIT == 8) {
-        if (channel < CHANNELS) *reinterpret_cast<uint4*>(keep) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+      if constexpr (!OUT_PLANAR && CHANNELS % UNIT == 0 && UNIT_WORDS == 4) {
+        if (channel < CHANNELS) *reinterpret_cast<uint4*>(keep) = make_uint4(z[0], z[1], z[2], z[3]);
       } else {
 #pragma unroll
         for (int k = 0; k < UNIT; k++)
-          if (channel + k < CHANNELS) keep[OUT_PLANAR ? k * pixels : k] = (element)(pairs[k / 2] >> k % 2 * 16);
+          if (channel + k < CHANNELS) keep[OUT_PLANAR ? k * pixels : k] = element_of(z, k);
       }
     }
   };
@@ -140,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int i = begin; i < begin + count; i += BATCH) {
       Unit units[BATCH];
 #pragma unroll
-      for (int k = 0; k < BATCH; k++) load_unit(units[k], i + k, j, chunk);
+      for (int k = 0; k < BATCH; k++) load_unit(units[k], i + k, j, chunk, true);
 #pragma unroll
       for (int k = 0; k < BATCH; k++) store_unit(units[k], i + k, j, chunk, buffer);
     }
@@ -151,7 +158,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   __syncthreads();
   fill(0, STEP_UNITS * X_STEPS, 0, 0, 0);
 
-  if (STATISTICS) *shared.sum(thread) = {};
+  if (STATISTICS)
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) *shared.sum(thread, group) = {};
   int use = 0;
 #pragma unroll 1
   for (int j = 0; j < tiles; j++) {
@@ -166,8 +175,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int chunk = 0; chunk < CHUNKS; chunk++, use++) {
       const bool last = chunk + 1 == CHUNKS;
       const int buffer = use & 1;
-      const int next_j = j + last, next_chunk = last ? 0 : chunk + 1;
-      const bool fills = next_j < tiles;
+      const bool fills = j + last < tiles;
+      const int next_j = fills ? j + last : j, next_chunk = last ? 0 : chunk + 1;
       const unsigned char* stage_weights = nullptr;
 #pragma unroll 1
       for (int step = 0; step < X_STEPS; step++) {
@@ -181,131 +190,134 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           if (!RESIDENT) fetch_weights(stage + RING - 1);
         }
         Unit units[BATCH];
-        if (fills) {
 #pragma unroll
-          for (int k = 0; k < BATCH; k++) load_unit(units[k], step * STEP_UNITS + k, next_j, next_chunk);
-        }
+        for (int k = 0; k < BATCH; k++) load_unit(units[k], step * STEP_UNITS + k, next_j, next_chunk, fills);
         const Lane at(thread_index() & 31, step);
         const unsigned char* halo = shared.halo(buffer) + warp_m * ROWS * HALO_W * PITCH;
         const unsigned char* column = stage_weights + (COLUMNS == 1 ? 0 : step) * (DEPTHS * KERNEL_H * PRODUCT_BYTES);
+        // Right operands of the products of one load, and those of the next.
+        u32 b[2][TOGETHER][2];
+        auto load_weights = [&](u32 (&to)[TOGETHER][2], int depth, int tap, int n) {
+          const unsigned char* from = column + ((depth * KERNEL_H + tap) * PRODUCT_BYTES + n * 256);
+          if constexpr (TOGETHER == 2) {
+            const uint4 v = *reinterpret_cast<const uint4*>(from);
+            to[0][0] = v.x, to[0][1] = v.y, to[1][0] = v.z, to[1][1] = v.w;
+          } else {
+            const uint2 v = *reinterpret_cast<const uint2*>(from);
+            to[0][0] = v.x, to[0][1] = v.y;
+          }
+        };
+        load_weights(b[0], 0, 0, 0);
 #pragma unroll
         for (int depth = 0; depth < DEPTHS; depth++)
 #pragma unroll
           for (int plane = 0; plane < PLANES_Y; plane++) {
-            u32 a[ROWS][4];
+            u32 a[ROWS + (KERNEL_H - 1) / STRIDE_Y][4];  // rows of pixels, from the warp's first on
+            auto load_row = [&](int row) {
+              at.load(a[row], halo, (plane * PLANE_H + row) * (HALO_W * PITCH) + depth * 32);
+            };
+#pragma unroll
+            for (int row = 0; row < ROWS; row++) load_row(row);
 #pragma unroll
             for (int up = 0; up * STRIDE_Y + plane < KERNEL_H; up++) {
               const int tap = up * STRIDE_Y + plane;
+              const bool ends = tap + STRIDE_Y >= KERNEL_H;  // this plane's column
+              if (!ends) load_row(ROWS + up);
 #pragma unroll
-              for (int m = 0; m < ROWS; m++) {
-                if (up > 0 && m + 1 < ROWS) {
+              for (int n = 0; n < TILES_N; n += TOGETHER) {
+                const int now = (depth * KERNEL_H + up + taps_before(plane)) * (TILES_N / TOGETHER) + n / TOGETHER;
+                if (n + TOGETHER < TILES_N) load_weights(b[(now + 1) % 2], depth, tap, n + TOGETHER);
+                else if (!ends) load_weights(b[(now + 1) % 2], depth, tap + STRIDE_Y, 0);
+                else if (plane + 1 < PLANES_Y) load_weights(b[(now + 1) % 2], depth, plane + 1, 0);
+                else if (depth + 1 < DEPTHS) load_weights(b[(now + 1) % 2], depth + 1, 0, 0);
 #pragma unroll
-                  for (int i = 0; i < 4; i++) a[m][i] = a[m + 1][i];
-                } else {
-                  at.load(a[m], halo + (plane * PLANE_H + m + up) * (HALO_W * PITCH) + depth * 32);
-                }
+                for (int i = 0; i < TOGETHER; i++)
+#pragma unroll
+                  for (int m = 0; m < ROWS; m++) multiply(d[m][n + i], a[m + up], b[now % 2][i][0], b[now % 2][i][1]);
               }
-              const unsigned char* from = column + (depth * KERNEL_H + tap) * PRODUCT_BYTES;
-              u32 b[TILES_N][2];
-              if constexpr (TILES_N % 2) {
-#pragma unroll
-                for (int n = 0; n < TILES_N; n++) {
-                  const uint2 v = *reinterpret_cast<const uint2*>(from + n * 256);
-                  b[n][0] = v.x, b[n][1] = v.y;
-                }
-              } else {
-#pragma unroll
-                for (int n = 0; n < TILES_N; n += 2) {
-                  const uint4 v = *reinterpret_cast<const uint4*>(from + n * 256);
-                  b[n][0] = v.x, b[n][1] = v.y, b[n + 1][0] = v.z, b[n + 1][1] = v.w;
-                }
-              }
-#pragma unroll
-              for (int m = 0; m < ROWS; m++)
-#pragma unroll
-                for (int n = 0; n < TILES_N; n++) multiply(d[m][n], a[m], b[n][0], b[n][1]);
             }
           }
-        if (fills) {
 #pragma unroll
-          for (int k = 0; k < BATCH; k++) store_unit(units[k], step * STEP_UNITS + k, next_j, next_chunk, buffer ^ 1);
-          if (STEP_UNITS > BATCH)
-            fill(step * STEP_UNITS + BATCH, STEP_UNITS - BATCH, next_j, next_chunk, buffer ^ 1);
-        }
+        for (int k = 0; k < BATCH; k++) store_unit(units[k], step * STEP_UNITS + k, next_j, next_chunk, buffer ^ 1);
+        if (STEP_UNITS > BATCH && fills)
+          fill(step * STEP_UNITS + BATCH, STEP_UNITS - BATCH, next_j, next_chunk, buffer ^ 1);
       }
     }
     // ---- the way out ----
     const Tile tile = shared.tile(j);
     const int thread = thread_index(), lane = thread & 31, warp = thread >> 5, warp_m = warp % WARPS_M;
-    const int channel0 = channel_block * BLOCK_CHANNELS + warp / WARPS_M * (TILES_N * 8);
-    OwnedSum* const statistics = shared.sum(thread);
     const int rows = min(max(out_height - (tile.y + warp_m * ROWS), 0), ROWS);
     const int columns = min(out_width - tile.x, TILE_W);
-    if (rows > 0 && channel0 < OUT_CHANNELS) {
-      float add[2 * TILES_N];
+    const bool flushes = STATISTICS && (j + 1 == tiles || shared.tile(j + 1).image != tile.image);
+    unsigned char* staged = shared.staged(warp);
 #pragma unroll
-      for (int i = 0; i < 2 * TILES_N; i++) {
-        const int channel = channel0 + i / 2 * 8 + (lane & 3) * 2 + i % 2;
-        add[i] = BIAS && channel < OUT_CHANNELS ? to_float<DTYPE>(bias[channel]) : 0.f;
-      }
-      // Two neighbouring channels of pixel lane / 4, or of that plus 8, as they are written.
-      auto result = [&](int m, int n, int half) {
-        float a = d[m][n][2 * half], b = d[m][n][2 * half + 1];
-        if (BIAS) a += add[2 * n], b += add[2 * n + 1];
-        if (OUTPUT_RELU) a = clamp_below(a, 0.f), b = clamp_below(b, 0.f);
-        return pack<DTYPE>(a, b);
-      };
-      TileSums sums;
-      if (STATISTICS) {
-        float pivots[2 * TILES_N];
+    for (int group = 0; group < GROUPS; group++) {
+      const int channel0 = channel_block * BLOCK_CHANNELS + (warp / WARPS_M * TILES_N + group * GROUP_TILES) * 8;
+      OwnedSum* const statistics = shared.sum(thread, group);
+      if (rows > 0 && channel0 < OUT_CHANNELS) {
+        float add[2 * GROUP_TILES];
 #pragma unroll
-        for (int n = 0; n < TILES_N; n++) {
-          const u32 pair = result(0, n, 0);
-          pivots[2 * n] = low(pair), pivots[2 * n + 1] = high(pair);
+        for (int i = 0; i < 2 * GROUP_TILES; i++) {
+          const int channel = channel0 + i / 2 * 8 + (lane & 3) * 2 + i % 2;
+          add[i] = BIAS && channel < OUT_CHANNELS ? to_float<DTYPE>(bias[channel]) : 0.f;
         }
-        sums = statistics->begin(pivots, lane);
-      }
-      unsigned char* staged = shared.staged(warp);
-      const i64 out_image = tile.image * OUT_CHANNELS * out_pixels;
+        // Two neighbouring channels of pixel lane / 4, or of that plus 8, as they are written.
+        auto result = [&](int m, int n, int half) {
+          const float(&sums)[4] = d[m][group * GROUP_TILES + n];
+          float a = sums[2 * half], b = sums[2 * half + 1];
+          if (BIAS) a += add[2 * n], b += add[2 * n + 1];
+          if (OUTPUT_RELU) a = clamp_below(a, 0.f), b = clamp_below(b, 0.f);
+          return Results(a, b);
+        };
+        TileSums sums;
+        if (STATISTICS) {
+          float pivots[2 * GROUP_TILES];
 #pragma unroll
-      for (int m = 0; m < ROWS; m++) {
-        if (m >= rows) break;
+          for (int n = 0; n < GROUP_TILES; n++) {
+            const Results two = result(0, n, 0);
+            pivots[2 * n] = two.first(), pivots[2 * n + 1] = two.second();
+          }
+          sums = statistics->begin(pivots, lane);
+        }
+        const i64 out_image = tile.image * OUT_CHANNELS * out_pixels;
 #pragma unroll
-        for (int n = 0; n < TILES_N; n++)
+        for (int m = 0; m < ROWS; m++) {
+          if (m >= rows) break;
 #pragma unroll
-          for (int half = 0; half < 2; half++) {
-            const u32 pair = result(m, n, half);
-            if (STATISTICS) {
-              const bool counts = (lane >> 2) + 8 * half < columns;
-              sums.add(2 * n, low(pair), counts);
-              sums.add(2 * n + 1, high(pair), counts);
+          for (int n = 0; n < GROUP_TILES; n++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+              const Results two = result(m, n, half);
+              if (STATISTICS) {
+                const bool counts = (lane >> 2) + 8 * half < columns;
+                sums.add(2 * n, two.first(), counts);
+                sums.add(2 * n + 1, two.second(), counts);
+              }
+              two.stage(staged, n, half, lane);
             }
-            const int line = lane >> 2, two = (lane & 3) * 4;
-            const int to_line = (OUT_PLANAR ? n : half) * 8 + line, to_unit = OUT_PLANAR ? half : n;
-            *reinterpret_cast<u32*>(staged + to_line * STAGED_PITCH + to_unit * 16 + two) =
-                OUT_PLANAR ? transpose_8x8(pair) : pair;
-          }
-        __syncwarp();
-        const i64 row = (i64)(tile.y + warp_m * ROWS + m) * out_width + tile.x;
-        constexpr int kVectors = (OUT_PLANAR ? 16 : TILES_N * 8) / OUT_VECTOR, kLines = OUT_PLANAR ? TILES_N * 8 : 16;
+          __syncwarp();
+          const i64 row = (i64)(tile.y + warp_m * ROWS + m) * out_width + tile.x;
+          constexpr int kLines = OUT_PLANAR ? GROUP_TILES * 8 : 16;
+          constexpr int kVectors = (OUT_PLANAR ? 16 : GROUP_TILES * 8) / OUT_VECTOR;
 #pragma unroll
-        for (int begin = 0; begin < kVectors * kLines; begin += 32) {
-          const int i = begin + lane, line = i / kVectors, at = i % kVectors * OUT_VECTOR;
-          const int channel = channel0 + (OUT_PLANAR ? line : at), pixel = OUT_PLANAR ? at : line;
-          if (line < kLines && channel < OUT_CHANNELS && pixel < columns) {
-            const i64 to = OUT_PLANAR ? channel * out_pixels + row + pixel : (row + pixel) * OUT_CHANNELS + channel;
-            const unsigned char* from = staged + line * STAGED_PITCH + at * 2;
-            store(out + out_image + to, *reinterpret_cast<const Vector<OUT_VECTOR>*>(from));
+          for (int begin = 0; begin < kVectors * kLines; begin += 32) {
+            const int i = begin + lane, line = i / kVectors, at = i % kVectors * OUT_VECTOR;
+            const int channel = channel0 + (OUT_PLANAR ? line : at), pixel = OUT_PLANAR ? at : line;
+            if (line < kLines && channel < OUT_CHANNELS && pixel < columns) {
+              const i64 to = OUT_PLANAR ? channel * out_pixels + row + pixel : (row + pixel) * OUT_CHANNELS + channel;
+              const unsigned char* from = staged + line * STAGED_PITCH + at * ELEMENT_BYTES;
+              store(out + out_image + to, *reinterpret_cast<const Vector<OUT_VECTOR>*>(from));
+            }
           }
+          __syncwarp();
         }
-        __syncwarp();
+        if (STATISTICS) statistics->end(sums, lane, rows * columns);
       }
-      if (STATISTICS) statistics->end(sums, lane, rows * columns);
-    }
-    if (STATISTICS && (j + 1 == tiles || shared.tile(j + 1).image != tile.image)) {
-      const i64 before = (i64)tile.image * OUT_CHANNELS;
-      statistics->flush(workspace, worker % COPIES, (i64)images * OUT_CHANNELS, before + channel0,
-                        before + OUT_CHANNELS, per_pixel, lane);
+      if (flushes) {
+        const i64 before = (i64)tile.image * OUT_CHANNELS;
+        statistics->flush(workspace, worker % COPIES, (i64)images * OUT_CHANNELS, before + channel0,
+                          before + OUT_CHANNELS, per_pixel, lane);
+      }
     }
     // The map of tile j was read for the last time before the barrier of its last chunk.
     prepare(j + 2, tile.number + 2 * stride, tile.image);

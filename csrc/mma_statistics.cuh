@@ -1,14 +1,14 @@
 // Sums of what a warp writes, of the products of mma.cuh with pixels as rows and channels as columns: eight lanes share
-// two channels of each product. Constant: TILES_N, the products of a row of pixels, up to 4.
+// two channels of each product. Constant: GROUP_TILES, the products side by side that are summed at once, up to 4.
 #pragma once
 #include "channel_sums.cuh"
 
-#define SHARED_CHANNELS (TILES_N > 2 ? 8 : TILES_N == 2 ? 4 : 2)  // of eight lanes, rounded up
+#define SHARED_CHANNELS (GROUP_TILES > 2 ? 8 : GROUP_TILES == 2 ? 4 : 2)  // of eight lanes, rounded up
 #define OWNED_SHIFT (SHARED_CHANNELS >= 8 ? 2 : SHARED_CHANNELS == 4 ? 3 : 4)
 
 // What eight lanes have seen of their channels in one tile, about the pivots of the channels' owners.
 struct TileSums {
-  float pivots[2 * TILES_N], sums[SHARED_CHANNELS], squares[SHARED_CHANNELS];
+  float pivots[2 * GROUP_TILES], sums[SHARED_CHANNELS], squares[SHARED_CHANNELS];
 
   DEVICE void add(int i, float x, bool counts) {
     const float d = counts ? x - pivots[i] : 0.f;
@@ -26,17 +26,17 @@ struct alignas(16) OwnedSum {
   static DEVICE int owned(int lane) { return lane >> OWNED_SHIFT; }
 
   // `first` has the pixels of lane 0 to 3 that the pivots are to be, if there are none yet.
-  DEVICE TileSums begin(const float (&first)[2 * TILES_N], int lane) {
+  DEVICE TileSums begin(const float (&first)[2 * GROUP_TILES], int lane) {
     if (count == 0) {
 #pragma unroll
-      for (int i = 0; i < 2 * TILES_N; i++) {
+      for (int i = 0; i < 2 * GROUP_TILES; i++) {
         const float pivot = __shfl_sync(~0u, first[i], lane & 3);
         if (owned(lane) == i) sum.start(pivot);
       }
     }
     TileSums tile;
 #pragma unroll
-    for (int i = 0; i < 2 * TILES_N; i++) tile.pivots[i] = __shfl_sync(~0u, sum.pivot, i << OWNED_SHIFT | (lane & 3));
+    for (int i = 0; i < 2 * GROUP_TILES; i++) tile.pivots[i] = __shfl_sync(~0u, sum.pivot, i << OWNED_SHIFT | (lane & 3));
 #pragma unroll
     for (int i = 0; i < SHARED_CHANNELS; i++) tile.sums[i] = tile.squares[i] = 0.f;
     return tile;
@@ -69,7 +69,7 @@ struct alignas(16) OwnedSum {
   DEVICE void flush(SumsWorkspace* workspace, int copy, i64 channels, i64 first, i64 end, double per_pixel, int lane) {
     const int i = owned(lane);
     const i64 channel = first + i / 2 * 8 + (lane & 3) * 2 + i % 2;
-    const bool owner = (lane >> 2 & ((1 << (OWNED_SHIFT - 2)) - 1)) == 0 && i < 2 * TILES_N;
+    const bool owner = (lane >> 2 & ((1 << (OWNED_SHIFT - 2)) - 1)) == 0 && i < 2 * GROUP_TILES;
     if (count > 0 && owner && channel < end) {
       add_share(workspace, copy, channels, channel, false, sum.about_zero(count) * per_pixel);
       add_share(workspace, copy, channels, channel, true, sum.squares_about_zero(count) * per_pixel);

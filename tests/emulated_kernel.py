@@ -25,7 +25,7 @@ from sf_compile.cuda.compiler import source_directory
 EMULATION = Path(__file__).parent / "emulation"
 _SOURCES = (
     "mma_conv.cu", "mma_tile.cuh", "mma_statistics.cuh", "norm.cuh", "source.cuh", "channel_sums.cuh",
-    "last_conv.cu", "operand_chunk.cuh", "activation.cuh",
+    "last_conv.cu", "operand_chunk.cuh", "activation.cuh", "mma_ceiling.cu",
 )  # fmt: skip
 _LAST_BLOCK = """
 DEVICE bool completes(u32* count, u32 share, u32 whole, int thread, int threads, int barrier) {
@@ -40,8 +40,8 @@ DEVICE bool completes(u32* count, u32 share, u32 whole, int thread, int threads,
 }
 """
 _MAIN = """
-extern "C" void launch(u32 grid, u32 threads, u32 bytes, const u64* values, u32 seed) {
-  emulator::launch(KERNEL_NAME, grid, threads, bytes, values, seed);
+extern "C" const char* launch(u32 grid, u32 threads, u32 bytes, const u64* values, u32 seed) {
+  return emulator::launch(KERNEL_NAME, grid, threads, bytes, values, seed);
 }
 """
 
@@ -91,7 +91,9 @@ def library(source: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
         name,
     ]
     subprocess.run(command, cwd=folder(), check=True)
-    return ctypes.CDLL(str(folder() / name))
+    loaded = ctypes.CDLL(str(folder() / name))
+    loaded.launch.restype = ctypes.c_char_p
+    return loaded
 
 
 class EmulatedKernel:
@@ -111,7 +113,11 @@ class EmulatedKernel:
         shared_bytes: int,
         arguments: Sequence[int | float | bytes],
     ) -> None:
-        """Run all blocks, one after the other."""
+        """Run all blocks, one after the other.
+
+        Raises:
+            AssertionError: the kernel did what it may not do, such as an access beside its memory.
+        """
         assert len(arguments) == len(self._signature) and grid[1:] == (1, 1)
         formats = {"P": "Q", "q": "q", "i": "i4x", "f": "f4x", "d": "d", "A": "16s"}
         packed = b"".join(
@@ -119,7 +125,8 @@ class EmulatedKernel:
             for letter, value in zip(self._signature, arguments, strict=True)
         )
         values = ctypes.create_string_buffer(packed)
-        self._library.launch(grid[0], block, shared_bytes, values, self.seed)
+        failure = self._library.launch(grid[0], block, shared_bytes, values, self.seed)
+        assert failure is None, f"the emulated kernel: {failure.decode()}"
 
 
 def guarded(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from graphs import fuse
 from matplotlib.figure import Figure
 from torch import Tensor, fx
 
+from sf_compile import tf32
 from sf_compile.bench import layers, replays, roofline
 from sf_compile.bench.layer_operands import Case, operands
 from sf_compile.bench.rows import LAYER_KEYS, Row
@@ -48,6 +49,7 @@ def test_layer_rows_are_complete(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert row["tflops"] == pytest.approx(row["flops"] / row["median_us"] / 1e6, rel=1e-3)
         assert row["share_of_ceiling"] == pytest.approx(row["tflops"] / row["ceiling_tflops"], rel=1e-3)
         assert row["copy_gbps"] > 0 and row["error_vs_float64"] < 1e-5
+        assert row["kernel"] is row["mma_tflops"] is row["share_of_mma"] is None
     by_kind = {(row["layer"], row["peer"]): row for row in written}
     ours, bare = by_kind["residual+add+keep", "styleforge"], by_kind["residual+add+keep", "cudnn"]
     assert ours["shape"] == "2x128x4x5"
@@ -161,7 +163,16 @@ def test_layers_on_a_gpu(tmp_path: Path) -> None:
     written = json.loads(output.read_text())
     assert len(written) == 2 * 2 * len(KINDS)
     assert all(0 < row["share_of_ceiling"] < 1.2 for row in written)
-    fused = hopper.available(torch.cuda.current_device())
+    index = torch.cuda.current_device()
+    fused = hopper.available(index)
+    # Of float32 only where it is multiplied in TF32.
+    counted = {"float16"} | ({"float32"} if tf32.allowed("auto") else set())
+    for row in written:
+        assert (row["kernel"] is not None) == (row["peer"] == "styleforge")
+        measured = hopper.kernels(index) == "general" and row["dtype"] in counted
+        assert (row["mma_tflops"] is not None) == (row["share_of_mma"] is not None) == measured
+        if measured:
+            assert row["share_of_mma"] == pytest.approx(row["tflops"] / row["mma_tflops"], rel=1e-3)
     assert {row["layer"] for row in written if row["arithmetic"] == "subpixel"} == (
         {"up1+add", "up2"} if fused else set()
     )

@@ -10,8 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from cases import relative_error
 
-from sf_compile.cuda import activation, convolution
+from sf_compile import ops
+from sf_compile.cuda import activation, convolution, halo_conv, hopper
 from sf_compile.cuda.compiler import source_directory
 from sf_compile.ops.conv2d import Arguments
 
@@ -61,6 +64,38 @@ def test_a_residual_that_does_not_fit_is_added_by_a_pass_before(choose):
     assert choice(arguments(residual=None)) == (halo, False)
     nothing = choose(kernel("first.cu", lambda a: "no"), kernel("halo.cu", lambda a: "no"))
     assert nothing(arguments()) == (None, False)
+
+
+def test_planes_that_no_kernel_reads_are_turned_by_a_pass_before(choose):
+    planes = torch.randn(1, 16, 8, 8)
+    last = planes.contiguous(memory_format=torch.channels_last)
+
+    def reads(a):
+        return None if a.input.stride(1) == 1 else "reads no planes"
+
+    choice = choose(kernel("first.cu", lambda a: "no"), halo := kernel("halo.cu", reads))
+    plain = {"residual": None, "activation": "none"}
+    assert choice(arguments(input=planes, **plain)) == (halo, True)
+    assert choice(arguments(input=last, **plain)) == (halo, False)
+    assert choice(arguments(input=planes, channels_last=False, **plain)) == (None, False)
+    assert choice(arguments(input=planes, residual=None)) == (halo, True)  # which then is finished, too
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", [False, True])
+def test_turned_planes_are_convolved(norm):
+    if not hopper.available(0):
+        pytest.skip("elsewhere than on compute capability 9.0 the general kernel reads planes")
+    x = torch.randn(2, 64, 19, 33, device="cuda").half()
+    weight = (torch.randn(32, 64, 3, 3, device="cuda") / 24).half()
+    variance, mean = torch.var_mean(x.float(), (2, 3), correction=0)
+    named = {"input": x, "weight": weight, "residual": None, "activation": "relu" if norm else "none"}
+    a = arguments(**named)._replace(mean=mean if norm else None, variance=variance if norm else None)
+    assert convolution.choice(a) == (halo_conv, True)
+    out, *_ = ops.conv2d(*a)
+    z = F.instance_norm(x.double(), eps=a.eps).relu() if norm else x.double()
+    exact = F.conv2d(F.pad(z, (1, 1, 1, 1), mode="reflect"), weight.double())
+    assert relative_error(out.double(), exact) < 1e-3
 
 
 def wide(**changes: object) -> Arguments:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import product
 
 import pytest
 import torch
@@ -60,6 +61,15 @@ EMULATED = (
     (DOUBLING, (1, 9, 10), torch.float16),
     (Layer(33, 5, (4, 2), (3, 0, 2, 1), "zeros", (1, 2), residual=False), (1, 22, 35), torch.float16),
     (Layer(8, 24, (2, 6), (2, 3, 1, 0), "replicate", bias=True), (1, 12, 19), torch.float16),
+    (PLAIN, (1, 37, 35), torch.float32),
+    (SKIP, (2, 20, 19), torch.float32),
+    (PLANAR, (3, 11, 22), torch.float32),
+    (FIRST, (1, 20, 23), torch.float32),
+    (LAST, (1, 17, 20), torch.float32),
+    (HALVING, (1, 37, 35), torch.float32),
+    (DOUBLING, (1, 9, 10), torch.float32),
+    (Layer(2, 24, (5, 5), (2, 2, 2, 2), "zeros", bias=True, keep=True), (1, 12, 19), torch.float32),
+    (Layer(6, 8, norm="none", relu=False, output_relu=True, output=False), (1, 12, 20), torch.float32),
 )
 
 
@@ -74,11 +84,13 @@ def test_the_source_against_float64(layer, size, dtype):
 @pytest.mark.parametrize(
     "tiling",
     [
-        Tiling(16, 2, 4, 2, 3, 3, 2),
-        Tiling(32, 1, 4, 1, 4, 1, 3),
-        Tiling(16, 4, 4, 1, 1, 3, 0),
+        Tiling(32, 2, 4, 2, 3, 3, 2),
+        Tiling(64, 1, 4, 1, 4, 1, 3),
+        Tiling(32, 4, 4, 1, 1, 3, 0),
+        Tiling(32, 1, 2, 1, 8, 3, 2),
+        Tiling(64, 2, 2, 1, 6, 1, 3),
     ],
-    ids=["ring of chunks", "ring of columns", "resident, two blocks of channels"],
+    ids=["ring of chunks", "ring of columns", "resident, two blocks of channels", "8 products", "6 products"],
 )
 def test_every_way_to_hold_weights(emulated, monkeypatch, tiling):
     """Whatever warps run first: the results are the same bits."""
@@ -89,13 +101,34 @@ def test_every_way_to_hold_weights(emulated, monkeypatch, tiling):
     assert emulated[0].seed != emulated[1].seed
 
 
+@needs_compiler
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(
+    ("layer", "tiling"),
+    [
+        (LAST, Tiling(32, 2, 4, 1, 2, 1, 3)),
+        (Layer(16, 16, (11, 11), (5, 5, 5, 5)), Tiling(32, 2, 2, 1, 2, 1, 3)),
+        (Layer(12, 8, (3, 3), residual=True, keep=True), Tiling(32, 2, 4, 1, 1, 3, 0)),
+        (Layer(32, 8, (3, 3), residual=True, keep=True), Tiling(64, 2, 1, 1, 1, 3, 0)),
+    ],
+    ids=["whole rounds, fewer than steps", "some in no round", "fewer than a round", "a batch beyond"],
+)
+def test_units_beyond_the_halo_are_left_alone(monkeypatch, layer, tiling):
+    """The steps have room for more units than the halo has: nothing is read or written for those."""
+    cut = mma_conv._variant(made(layer, (1, 9, 20), device="cpu")).layer
+    units, rounds = tiling.halo_pixels(cut) * tiling.chunk_bytes // 16, tiling.threads * tiling.x_steps(cut)
+    assert units % rounds or units == 3 * rounds  # which come by twos
+    monkeypatch.setattr(mma_conv, "fastest", lambda *_: tiling)
+    check(on_cpu(layer, (1, 9, 20)))
+
+
 # ---- how it is cut -----------------------------------------------------------------------------------------
 
 
 def test_every_case_is_cut_so_that_it_fits_on_every_architecture():
-    for layer, (n, h, w), _ in CASES:
+    for (layer, (n, h, w), _), dtype in product(CASES, (torch.float16, torch.float32)):
         for shared in set(mma_conv.SHARED_BYTES.values()):
-            a = made(layer, (n, h, w), device="cpu")
+            a = made(layer, (n, h, w), dtype, "cpu")
             cut = mma_tiling.fastest(mma_conv._variant(a).layer, shared, 108, (n, *mma_conv._output_size(a)))
             assert cut is not None
             assert cut.shared_bytes(mma_conv._variant(a).layer) <= shared
@@ -105,8 +138,8 @@ def test_every_case_is_cut_so_that_it_fits_on_every_architecture():
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("kernel", range(1, 12))
 def test_something_fits_for_every_kernel(kernel, stride):
-    for channels in (1, 3, 8, 16, 33, 128, 512):
-        a = made(Layer(channels, 1), (1, 2, 2), device="cpu")
+    for channels, dtype in product((1, 3, 8, 16, 33, 128, 512), (torch.float16, torch.float32)):
+        a = made(Layer(channels, 1), (1, 2, 2), dtype, "cpu")
         layer = mma_conv._variant(a).layer._replace(
             out_channels=512, kernel_h=kernel, kernel_w=kernel, stride_y=stride, stride_x=stride
         )
@@ -126,7 +159,7 @@ def test_small_pictures_are_cut_into_smaller_tiles():
 def test_variants_are_distinct():
     for arch in mma_conv.SHARED_BYTES:
         made_variants = list(mma_conv.variants(arch))
-        assert {source for source, _ in made_variants} == {mma_conv.SOURCE} and len(made_variants) <= 24
+        assert {source for source, _ in made_variants} == {mma_conv.SOURCE} and len(made_variants) <= 40
         assert len({tuple(sorted(constants.items())) for _, constants in made_variants}) == len(made_variants)
 
 
@@ -136,36 +169,39 @@ def test_variants_are_distinct():
 @pytest.mark.parametrize(
     ("tiling", "channels"),
     [
-        (Tiling(16, 4, 4, 2, 4, 3, 2), 128),
-        (Tiling(16, 1, 4, 1, 3, 3, 0), 33),
-        (Tiling(32, 2, 4, 1, 2, 1, 3), 40),
-        (Tiling(8, 2, 4, 2, 3, 2, 0), 7),
-        (Tiling(4, 4, 4, 1, 1, 1, 0), 3),
+        (Tiling(32, 4, 4, 2, 4, 3, 2), 128),
+        (Tiling(32, 1, 4, 1, 3, 3, 0), 33),
+        (Tiling(64, 2, 4, 1, 2, 1, 3), 40),
+        (Tiling(16, 2, 4, 2, 3, 2, 0), 7),
+        (Tiling(8, 4, 4, 1, 1, 1, 0), 3),
+        (Tiling(32, 4, 4, 1, 8, 1, 3), 16),
     ],
 )
-def test_packed_weights_are_the_registers_of_products(tiling, channels):
+@pytest.mark.parametrize("size", [2, 4])
+def test_packed_weights_are_the_registers_of_products(tiling, channels, size):
     """Products of the packed fragments, by the layout in the PTX ISA, are the convolution."""
     out_channels, kh, kw = 44, 3, 3
     weight = torch.randint(-9, 10, (out_channels, channels, kh, kw)).double()
     padded = torch.randint(-9, 10, (1, channels, 6, 8)).double()
-    packed = mma_conv.pack(tiling, weight)
+    packed = mma_conv.pack(tiling, size, weight)
     assert packed.is_contiguous()
     layer = mma_conv._variant(made(PLAIN, (1, 4, 4), device="cpu")).layer
-    layer = layer._replace(channels=channels, out_channels=out_channels)
+    layer = layer._replace(size=size, channels=channels, out_channels=out_channels)
+    chunk, word = tiling.chunk_bytes // size, 4 // size
     blocks, chunks, steps = tiling.channel_blocks(layer), tiling.chunks(layer), tiling.x_steps(layer)
-    assert packed.numel() * 2 == blocks * tiling.steps(layer) * tiling.stage_bytes(layer)
-    found = torch.zeros(blocks * tiling.block_channels, chunks * tiling.chunk, kh, steps * tiling.step_taps)
+    assert packed.numel() * size == blocks * tiling.steps(layer) * tiling.stage_bytes(layer)
+    found = torch.zeros(blocks * tiling.block_channels, chunks * chunk, kh, steps * tiling.step_taps)
     together = 1 if tiling.tiles_n % 2 else 2
-    shape = (blocks, chunks, steps, tiling.depths, kh, tiling.warps_n, -1, 32, together, 2, 2)
-    for block, chunk, step, depth, ky, warp in torch.cartesian_prod(*map(torch.arange, shape[:6])).tolist():
-        fragments = packed.reshape(shape)[block, chunk, step, depth, ky, warp]
+    shape = (blocks, chunks, steps, tiling.depths, kh, tiling.warps_n, -1, 32, together, 2, word)
+    for block, at, step, depth, ky, warp in torch.cartesian_prod(*map(torch.arange, shape[:6])).tolist():
+        fragments = packed.reshape(shape)[block, at, step, depth, ky, warp]
         for pair, lane, one, half, two in torch.cartesian_prod(*map(torch.arange, fragments.shape)).tolist():
             n = ((block * tiling.warps_n + warp) * tiling.tiles_n + pair * together + one) * 8 + lane // 4
-            k = 8 * half + lane % 4 * 2 + two
+            k = 16 // size * half + lane % 4 * word + two
             channel, tap = (
-                (chunk * tiling.chunk + 16 * depth + k, 0)
-                if tiling.chunk >= 16
-                else (k % tiling.chunk, k // tiling.chunk)
+                (at * chunk + 32 // size * depth + k, 0)
+                if tiling.chunk_bytes >= 32
+                else (at * chunk + k % chunk, k // chunk)
             )
             found[n, channel, ky, step * tiling.step_taps + tap] = fragments[pair, lane, one, half, two]
     assert not found[out_channels:].any() and not found[:, channels:].any() and not found[..., kw:].any()
@@ -180,7 +216,7 @@ def test_packed_weights_are_the_registers_of_products(tiling, channels):
 def as_on_a_gpu(monkeypatch):
     """A CPU picture is taken for one on a GPU."""
     monkeypatch.setattr(mma_conv, "_has_mma", lambda index: True)
-    monkeypatch.setattr(hopper, "operand_refusal", lambda a: None)
+    monkeypatch.setattr(hopper, "usable_or_warn", lambda: True)
     monkeypatch.setattr(mma_conv, "multiprocessors", lambda index: 108)
     monkeypatch.setattr(mma_conv, "shared_bytes", lambda index: 101_376)
     monkeypatch.setattr(Tensor, "is_cuda", True)
@@ -200,6 +236,7 @@ def test_refusals_name_the_reason():
         ({"input": wide, "residual": None, "keep_input": False}, "larger than the kernel counts"),
         ({"activation": "tanh"}, "tanh"),
         ({"weight": a.weight[:0]}, "empty"),
+        ({"input": a.input.float(), "residual": a.residual.float(), "precision": "fp32"}, "TF32"),
         ({"weight": torch.empty(8, 33, 99, 99, dtype=torch.float16), "padding": [99] * 4}, "shared memory"),
     ):
         refused = mma_conv.refusal(a._replace(**change))
@@ -210,8 +247,18 @@ def test_refusals_of_a_device():
     assert "8.0" in mma_conv.refusal(made(PLAIN, (1, 8, 8), device="cpu"))
 
 
+def test_what_is_left_to_another_convolution_on_hopper(monkeypatch):
+    deep, wider = Layer(128, 128), Layer(64, 64, kernel=(7, 7), padding=(3, 3, 3, 3))
+    a, b = (made(layer, (1, 8, 8), device="cpu") for layer in (deep, wider))
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    for is_hopper in (True, False):
+        monkeypatch.setattr(hopper, "available", lambda index, found=is_hopper: found)
+        assert mma_conv.prefers(a) != is_hopper and mma_conv.prefers(b)
+
+
 def test_what_is_left_to_another_convolution():
     assert mma_conv.prefers(made(PLAIN, (1, 8, 8), device="cpu"))
     assert mma_conv.prefers(made(BARE, (1, 8, 8), device="cpu"))
-    assert mma_conv.prefers(made(Layer(130, 130), (1, 8, 8), device="cpu"))
-    assert not mma_conv.prefers(made(Layer(128, 128), (1, 8, 8), device="cpu"))
+    assert mma_conv.prefers(made(Layer(128, 128), (1, 8, 8), device="cpu"))
+    assert mma_conv.prefers(made(Layer(514, 514), (1, 8, 8), device="cpu"))
+    assert not mma_conv.prefers(made(Layer(512, 512), (1, 8, 8), device="cpu"))

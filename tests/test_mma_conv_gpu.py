@@ -13,6 +13,7 @@ from mma_layers import (
     CASES,
     DOUBLING,
     FIRST,
+    FLOAT32,
     HALVING,
     IDS,
     LAST,
@@ -24,10 +25,12 @@ from mma_layers import (
     made,
 )
 
-from sf_compile import ops
+from sf_compile import ops, tf32
 from sf_compile.cuda import convolution, mma_conv
 from sf_compile.cuda.compiler import KernelKey, architecture, compile_kernel
 from sf_compile.cuda.launcher import loaded
+from sf_compile.cuda.layout import shared_bytes
+from sf_compile.cuda.mma_tiling import Tiling
 from sf_compile.cuda.recorder import Recorder
 
 NAN = float("nan")
@@ -42,6 +45,7 @@ def compiled():
         pytest.skip("mma_conv.cu is for compute capability 8.0 and later")
     layers = [(layer, size, torch.float16) for layer, size, _ in CASES]
     layers += [(layer, (2, 37, 53), torch.bfloat16) for layer in BFLOAT16]
+    layers += [(layer, (2, 37, 53), torch.float32) for layer in FLOAT32]
     keys = []
     for layer, size, dtype in layers:
         a = made(layer, size, dtype)
@@ -67,9 +71,42 @@ def test_against_float64(layer, size, why):
     assert equal(mma_conv.conv2d(a), results), "the same bits twice"
 
 
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        Tiling(32, 4, 4, 2, 8, 3, 2),
+        Tiling(32, 4, 4, 1, 8, 1, 3, 2),
+        Tiling(64, 4, 4, 2, 6, 3, 2),
+        Tiling(32, 2, 4, 2, 6, 3, 0),
+    ],
+)
+@pytest.mark.parametrize("layer", [Layer(64, 136), Layer(48, 88, residual=True, keep=True, output=False)])
+def test_many_products_side_by_side(layer, tiling, monkeypatch):
+    if tiling.shared_bytes(mma_conv._variant(made(layer, (2, 37, 53))).layer) > shared_bytes(0):
+        pytest.skip("does not fit into this GPU's shared memory")
+    monkeypatch.setattr(mma_conv, "fastest", lambda *_: tiling)
+    checked(made(layer, (2, 37, 53)))
+
+
 @pytest.mark.parametrize("layer", BFLOAT16)
 def test_bfloat16(layer):
     checked(made(layer, (2, 37, 53), torch.bfloat16))
+
+
+@pytest.mark.parametrize("layer", FLOAT32)
+def test_float32_in_tf32(layer, monkeypatch):
+    monkeypatch.setattr(tf32, "_switch", lambda: True)
+    a = made(layer, (2, 37, 53), torch.float32)
+    results = checked(a)
+    assert equal(mma_conv.conv2d(a), results), "the same bits twice"
+
+
+def test_float32_without_tf32_is_left_to_another_convolution(monkeypatch):
+    a = made(PLAIN, (2, 37, 53), torch.float32)
+    assert mma_conv.refusal(a._replace(precision="tf32")) is None
+    assert mma_conv.refusal(a._replace(precision="fp32")) == "TF32 is not allowed"
+    monkeypatch.setattr(tf32, "_switch", lambda: False)
+    assert mma_conv.refusal(a) == "TF32 is not allowed"
 
 
 @pytest.mark.parametrize("layer", [PLAIN, BARE, PLANAR, FIRST])

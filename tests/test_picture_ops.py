@@ -56,9 +56,9 @@ def library(constants):
     for path in EMULATION.iterdir():
         shutil.copy(path, folder)
     main = """
-extern "C" void launch(int which, u32 grid, u32 threads, u32 bytes, const u64* values) {
-  if (which == 0) emulator::launch(picture_to_float, grid, threads, bytes, values, 1);
-  else emulator::launch(picture_to_uint8, grid, threads, bytes, values, 1);
+extern "C" const char* launch(int which, u32 grid, u32 threads, u32 bytes, const u64* values) {
+  if (which == 0) return emulator::launch(picture_to_float, grid, threads, bytes, values, 1);
+  return emulator::launch(picture_to_uint8, grid, threads, bytes, values, 1);
 }
 """
     intrinsics = """#include "emulator.h"
@@ -71,7 +71,9 @@ inline int __float2int_rn(float a) { return (int)std::nearbyintf(a); }
     defines = [f"-D{name}={value}" for name, value in constants]
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-x", "c++"]
     subprocess.run(["g++", *flags, *defines, "made.cu", "-o", "made.so"], cwd=folder, check=True)
-    return ctypes.CDLL(str(folder / "made.so"))
+    made = ctypes.CDLL(str(folder / "made.so"))
+    made.launch.restype = ctypes.c_char_p
+    return made
 
 
 class Emulated:
@@ -88,7 +90,9 @@ class Emulated:
             for letter, value in zip(signature, arguments, strict=True)
         )
         which = int(self.entry == "picture_to_uint8")
-        self.library.launch(which, grid[0], block, shared_bytes, ctypes.create_string_buffer(packed))
+        values = ctypes.create_string_buffer(packed)
+        failure = self.library.launch(which, grid[0], block, shared_bytes, values)
+        assert failure is None, f"the emulated kernel: {failure.decode()}"
 
 
 @pytest.fixture

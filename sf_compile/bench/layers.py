@@ -26,6 +26,7 @@ from sf_compile.bench.replays import calls_in_replay, repeated, rotating_sets
 from sf_compile.bench.rows import BenchmarkError, Keep, Log, Row, dtype_name, environment_of, forget, rounded
 from sf_compile.bench.timing import Budget, Sample, interleaved, sustained
 from sf_compile.bench.work import Size, parse_sizes, transformer_net_layers
+from sf_compile.cuda import convolution, halo_conv
 from sf_compile.ops.conv2d import Arguments
 from sf_compile.ops.conv2d import conv2d as fused_conv2d
 
@@ -72,7 +73,7 @@ def run_layers(
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with torch.no_grad(), on_device:
         ceilings = measure_ceilings(device, tuple(dtypes), quick=quick)
-        log(f"ceilings: {ceilings.tflops} TFLOP/s, copy {ceilings.copy_gbps:.4g} GB/s")
+        log(str(ceilings))
         for size in sizes:
             # By name: the residual blocks repeat themselves.
             layers = {layer.name: layer for layer in transformer_net_layers(size)}
@@ -124,10 +125,12 @@ def _row(
     """Put one peer's numbers into a row."""
     p20, median, p80 = (sample.percentile(q) * 1e3 / calls for q in (20, 50, 80))
     subpixel = peer == "styleforge" and _runs_subpixel(one.fused)
+    kernel = _kernel_of(one.fused) if peer == "styleforge" else None
     flops = case.layer.flop(subpixel=subpixel)
     count = case.layer.fused_bytes if peer == "styleforge" else case.layer.bare_bytes
     tflops = flops / median / 1e6
     ceiling = ceilings.tflops[dtype_name(case.dtype)]
+    mma = ceilings.mma_tflops.get(dtype_name(case.dtype))
     return {
         "layer": case.layer.name,
         "size": str(case.size),
@@ -146,6 +149,9 @@ def _row(
         "ceiling_tflops": rounded(ceiling),
         "share_of_ceiling": rounded(tflops / ceiling),
         "copy_gbps": rounded(ceilings.copy_gbps),
+        "kernel": kernel,
+        "mma_tflops": rounded(mma),
+        "share_of_mma": None if mma is None else rounded(tflops / mma),
         "error_vs_float64": rounded(error),
     }
 
@@ -214,8 +220,9 @@ def _fastest_algorithm() -> Iterator[None]:
 
 def _runs_subpixel(a: Arguments) -> bool:
     """Whether a fused kernel runs `a` as the four small convolutions that it equals."""
-    if a.upsample != 2 or not a.input.is_cuda:
-        return False
-    from sf_compile.cuda import convolution
+    return a.upsample == 2 and a.input.is_cuda and convolution.choice(a)[0] is halo_conv
 
-    return convolution.choice(a)[0] is not None
+
+def _kernel_of(a: Arguments) -> str | None:
+    """What runs `a` on a GPU, in words; None on a CPU."""
+    return convolution.described(*convolution.choice(a)) if a.input.is_cuda else None

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sf_compile import tf32
 from sf_compile.bench.building import Built, build, ready
-from sf_compile.bench.ceilings import Ceilings, measure_ceilings
+from sf_compile.bench.ceilings import Ceilings, kernels_of, measure_ceilings
 from sf_compile.bench.checks import check_output, check_psnr, check_sizes, relative_error, run_in_tf32
 from sf_compile.bench.peers import PEERS, Build, Peer, styleforge
 from sf_compile.bench.rows import BenchmarkError, Keep, Log, Row, dtype_name, environment_of, forget, rounded
@@ -166,7 +166,7 @@ def run_network(
     ):
         computed = dict.fromkeys(peer.computes_in(dtype) for dtype in dtypes for peer in peers)
         ceilings = measure_ceilings(device, tuple(dict.fromkeys((*dtypes, *computed))), quick=quick)
-        log(f"ceilings: {ceilings.tflops} TFLOP/s, copy {ceilings.copy_gbps:.4g} GB/s")
+        log(str(ceilings))
         for size in sizes:
             for dtype in dtypes:
                 where = f"{size} {dtype_name(dtype)}"
@@ -286,19 +286,25 @@ def _row(
     runner: Runner, sample: Sample, condition: str, dtype: torch.dtype, ceilings: Ceilings, common: Row
 ) -> Row:
     """Put one runner's numbers into a row."""
-    ceiling = ceilings.tflops[dtype_name(runner.peer.computes_in(dtype))]
+    computes_in = dtype_name(runner.peer.computes_in(dtype))
+    ceiling, mma = ceilings.tflops[computes_in], ceilings.mma_tflops.get(computes_in)
     shared = dict(common)
     flop = shared.pop("flop")
+    median = sample.percentile(50)
+    ours = runner.peer.row_name == "styleforge"
     return {
         **shared,
         "floor_ms": rounded(flop / ceiling / 1e9),
         "ceiling_tflops": rounded(ceiling),
+        "kernels": kernels_of(runner.inputs[0].device) if ours else None,
+        "mma_tflops": rounded(mma),
+        "share_of_mma": None if mma is None else rounded(flop / median / mma / 1e9),
         "peer": runner.peer.row_name,
         "precision": runner.peer.precision,
         "graphs": runner.peer.graphs,
         "layout": runner.peer.layout(dtype),
         "condition": condition,
-        "median_ms": rounded(sample.percentile(50)),
+        "median_ms": rounded(median),
         "p20_ms": rounded(sample.percentile(20)),
         "p80_ms": rounded(sample.percentile(80)),
         "back_to_back_ms": rounded(sample.back_to_back),

@@ -23,7 +23,8 @@ NETWORK_KEYS = (
     *("peer", "precision", "graphs", "layout", "condition"),
     *("median_ms", "p20_ms", "p80_ms", "back_to_back_ms", "host_us", "peak_mb"),
     *("compile_cold_s", "compile_warm_s", "kernels_cold_s", "kernels_warm_s"),
-    *("floor_ms", "ceiling_tflops", "copy_gbps", "error_vs_float64", "psnr_db"),
+    *("floor_ms", "ceiling_tflops", "copy_gbps", "kernels", "mma_tflops", "share_of_mma"),
+    *("error_vs_float64", "psnr_db"),
 )
 INSTANCE_NORM_KEYS = (
     *ENVIRONMENT_KEYS,
@@ -34,7 +35,8 @@ LAYER_KEYS = (
     *ENVIRONMENT_KEYS,
     *("layer", "size", "shape", "layout", "dtype", "peer", "condition"),
     *("median_us", "p20_us", "p80_us", "arithmetic", "flops", "tflops", "bytes"),
-    *("ceiling_tflops", "share_of_ceiling", "copy_gbps", "error_vs_float64"),
+    *("ceiling_tflops", "share_of_ceiling", "copy_gbps", "kernel", "mma_tflops", "share_of_mma"),
+    "error_vs_float64",
 )
 PIPELINE_KEYS = (
     *ENVIRONMENT_KEYS,

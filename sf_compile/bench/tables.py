@@ -32,8 +32,8 @@ def network_table(rows: Sequence[Row]) -> str:
     is slower; without a styleforge row it is over eager's. ``of floor`` is the floor over the median.
     """
     header = ("peer", "precision", "graphs", "layout", "median ms", "p20", "p80", "back to back", "host us",
-              "x", "of floor", "peak MiB", "cold s", "warm s", "kernels cold s", "kernels warm s",
-              "error", "psnr dB")  # fmt: skip
+              "x", "of floor", "of mma.sync", "peak MiB", "cold s", "warm s", "kernels cold s",
+              "kernels warm s", "error", "psnr dB")  # fmt: skip
     tables = []
     for (size, dtype, condition), group in _grouped(rows).items():
         base = _baseline(group)
@@ -50,6 +50,7 @@ def network_table(rows: Sequence[Row]) -> str:
                 cell(row["host_us"], ".0f"),
                 "-" if base is None else f"{row['median_ms'] / base['median_ms']:.2f}",
                 "-" if row["floor_ms"] is None else f"{row['floor_ms'] / row['median_ms']:.1%}",
+                cell(row["share_of_mma"], ".1%"),
                 cell(row["peak_mb"], ".0f"),
                 cell(row["compile_cold_s"], ".2f"),
                 cell(row["compile_warm_s"], ".2f"),
@@ -120,8 +121,8 @@ def _case(row: Row) -> tuple[str, str, str, str]:
 
 def layers_table(rows: Sequence[Row]) -> str:
     """Return the rows of suite layers as text; ``x cudnn`` is a time over cuDNN's."""
-    header = ("layer", "size", "dtype", "condition", "peer", "median us", "TFLOP/s", "of ceiling", "x cudnn",
-              "error")  # fmt: skip
+    header = ("layer", "size", "dtype", "condition", "peer", "median us", "TFLOP/s", "of ceiling",
+              "of mma.sync", "x cudnn", "error", "kernel")  # fmt: skip
     bare = {_layer(row): row["median_us"] for row in rows if row["peer"] == "cudnn"}
     lines = [
         (
@@ -130,8 +131,10 @@ def layers_table(rows: Sequence[Row]) -> str:
             cell(row["median_us"], ".2f"),
             cell(row["tflops"], ".4g"),
             f"{row['share_of_ceiling']:.1%}",
+            cell(row["share_of_mma"], ".1%"),
             "-" if _layer(row) not in bare else f"{row['median_us'] / bare[_layer(row)]:.2f}",
             cell(row["error_vs_float64"], ".1e"),
+            row["kernel"] or "-",
         )
         for row in rows
     ]

@@ -1,9 +1,10 @@
 """``styleforge::conv2d`` on a GPU: by a fused kernel where there is one, else around cuDNN's convolution.
 
 One kernel does everything: on compute capability 9.0 one that is made for such a layer, else, from 8.0 on,
-the general one. Where either has no room for what is done on the way in, such as adding a residual, a pass of
-its own finishes the input first. Everywhere else our prologue writes the convolution's finished, upsampled
-and padded input in one pass, cuDNN convolves it, and our statistics read the raw output once.
+the general one. Where either has no room for what is done on the way in, such as adding a residual, or reads
+no planes, a pass of its own finishes the input first. Everywhere else our prologue writes the convolution's
+finished, upsampled and padded input in one pass, cuDNN convolves it, and our statistics read the raw output
+once.
 """
 
 from __future__ import annotations
@@ -140,9 +141,10 @@ def _chosen(a: Arguments, fitting: list[Any]) -> tuple[Any, bool]:
         return fitting[0], False
     # A pass in front finishes in channels_last, and what is kept has the layout of the output.
     casts = a.input.dtype != a.dtype
-    passes = (a.normalizes or casts) and _passes(a) and (a.channels_last or not a.keep_input)
+    turns = a.channels_last and not is_channels_last(a.input)
+    passes = (a.normalizes or casts or turns) and _passes(a) and (a.channels_last or not a.keep_input)
     # What the pass will write, for the kernels to look at.
-    z = empty_image(a.input.shape, a.input, True, a.dtype) if passes and casts else a.input
+    z = empty_image(a.input.shape, a.input, True, a.dtype) if passes and (casts or turns) else a.input
     finished = _finished(a, z)
     for kernel in _kernels(a) if passes else ():
         if kernel is not mma_conv and _refusal(kernel, finished) is None:
@@ -155,18 +157,22 @@ def _chosen(a: Arguments, fitting: list[Any]) -> tuple[Any, bool]:
     return None, False
 
 
+def described(kernel: Any, split: bool) -> str:
+    """What ``choice`` returned, in words."""
+    runs = "cuDNN between passes of ours" if kernel is None else str(kernel.SOURCE)
+    return f"a pass that finishes the input, then {runs}" if split else runs
+
+
 def _explain(a: Arguments, kernel: Any, split: bool, refusals: list[tuple[Any, str | None]]) -> None:
     """One debug line for a convolution that was not seen before: what runs it, and why nothing else does."""
     if not _log.isEnabledFor(logging.DEBUG):
         return
-    runs = "cuDNN between passes of ours" if kernel is None else kernel.SOURCE
-    if split:
-        runs = f"a pass that finishes the input, then {runs}"
     reasons = "; ".join(f"not {other.SOURCE}: {reason}" for other, reason in refusals if reason)
     _log.debug(
         "%s of %s %s by %s: %s (%s)",
         "transposed conv2d" if a.transposed else "conv2d",
-        a.input.dtype, tuple(a.input.shape), tuple(a.weight.shape), runs, reasons or "its first choice",
+        a.input.dtype, tuple(a.input.shape), tuple(a.weight.shape), described(kernel, split),
+        reasons or "its first choice",
     )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Container
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ SIXTEEN_BIT = {torch.float16: 1, torch.bfloat16: 2}
 """The dtypes that all kernels compute in, with the value of their DTYPE constant."""
 
 OPERANDS = {torch.float32: 0, **SIXTEEN_BIT}
-"""The dtypes of pictures that kernels for 9.0 convolve, float32 in TF32."""
+"""The dtypes of pictures that the fused convolutions take, float32 in TF32, with their DTYPE constant."""
 
 NORM_SIGNATURE = "PPPPfqqq"
 SUMS_SIGNATURE = "PPP"
@@ -53,6 +52,17 @@ def available(index: int) -> bool:
     return wanted == "auto" and torch.cuda.get_device_capability(index) == (9, 0)
 
 
+def kernels(index: int) -> str | None:
+    """Which fused convolutions CUDA device ``index`` runs: ``"sm_90a"``, ``"general"``, or None: none.
+
+    Raises:
+        ValueError: as ``available``.
+    """
+    if not usable_or_warn() or torch.cuda.get_device_capability(index) < (8, 0):
+        return None
+    return "sm_90a" if available(index) else "general"
+
+
 def runs_on(x: Tensor) -> bool:
     """Whether ``x`` is a picture in a dtype and on a device that kernels of this family run on."""
     on_hopper = x.is_cuda and available(x.device.index)
@@ -63,14 +73,14 @@ def refusal(a: Arguments) -> str | None:
     """Why no kernel of this family runs ``a``; None where one may."""
     if not a.input.is_cuda or not available(a.input.device.index):
         return "the fused convolutions need compute capability 9.0"
+    return operand_refusal(a)
+
+
+def operand_refusal(a: Arguments) -> str | None:
+    """Why no fused convolution takes the tensors of ``a``, on whatever GPU; None where one may."""
     if a.dtype == torch.float32 and not tf32.allowed(a.precision):
         return "TF32 is not allowed"
-    return operand_refusal(a, OPERANDS)
-
-
-def operand_refusal(a: Arguments, dtypes: Container[torch.dtype] = SIXTEEN_BIT) -> str | None:
-    """Why no kernel for ``dtypes`` takes the tensors of ``a``, on whatever GPU; None where one may."""
-    if a.dtype not in dtypes:
+    if a.dtype not in OPERANDS:
         return f"the fused convolutions do not compute in {a.dtype}"
     if a.input.numel() == 0:
         return "the picture is empty"

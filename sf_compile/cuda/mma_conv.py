@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sf_compile import tf32
 from sf_compile.cuda import hopper
 from sf_compile.cuda.launcher import Kernel, load
 from sf_compile.cuda.layout import (
@@ -31,7 +32,9 @@ SHARED_BYTES = {
 """Shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications")."""
 
 _SIGNATURE = "PPP" + hopper.NORM_SIGNATURE + "PPP" + hopper.SUMS_SIGNATURE + "qqd" + "iiiiiiiiiii"
-_DEEP = 1152  # products of a sum from which cuDNN's kernels gain more than passes around them cost
+# Products of a sum from which cuDNN's kernels gain more than passes around them cost; on compute capability 9.0 its
+# kernels of up to 3x3 taps multiply by wgmma, half again as fast as any mma.sync.
+_DEEP, _DEEP_ON_HOPPER = 4608, 1152
 _WIDE = 64  # channels that fill their tiles
 _MOST = 1 << 30  # of what the kernel counts in 32 bits, and doubles
 
@@ -65,8 +68,9 @@ class Variant(NamedTuple):
     def layer(self) -> Layer:
         """What its cutting depends on."""
         return Layer(
-            self.channels, self.out_channels, self.kernel_h, self.kernel_w, self.stride_y, self.stride_x,
-            self.vector, self.transform, self.residual, self.statistics, self.out_planar,
+            2 if self.dtype else 4, self.channels, self.out_channels, self.kernel_h, self.kernel_w,
+            self.stride_y, self.stride_x, self.vector, self.transform, self.residual, self.statistics,
+            self.out_planar,
         )  # fmt: skip
 
     def constants(self, tiling: Tiling) -> dict[str, int]:
@@ -107,7 +111,22 @@ def variants(arch: str) -> Iterator[tuple[str, dict[str, int]]]:
         (change(channels=8, out_channels=130, kernel_h=2, kernel_w=6, out_vector=2), (135, 240)),
         (planar._replace(dtype=2, parameter=0, channels=12, keep=True, residual=True, pad=1), (37, 53)),
     )
-    for variant, size in kinds:
+    wide = change(dtype=0, parameter=0, vector=4, out_vector=4)
+    bare = bare._replace(dtype=0, parameter=0, kernel_h=9, kernel_w=9, out_vector=4)
+    in_tf32 = (
+        (wide, (270, 480)),
+        (wide, (32, 32)),
+        (wide._replace(relu=False, residual=True, keep=True), (270, 480)),
+        (wide._replace(channels=32, out_channels=64, stride_y=2, stride_x=2), (540, 960)),
+        (wide._replace(channels=64, stride_y=2, stride_x=2), (270, 480)),
+        (wide._replace(out_channels=64, upsample=2, pad=3, relu=False, residual=True), (540, 960)),
+        (wide._replace(channels=64, out_channels=32, upsample=2, pad=3), (1080, 1920)),
+        (bare._replace(channels=3, out_channels=32, vector=1, planar=True), (1080, 1920)),
+        (bare._replace(channels=32, out_channels=3, vector=4, out_planar=True), (1080, 1920)),
+        (wide._replace(channels=18, out_channels=20, vector=2, out_vector=2, keep=True), (540, 960)),
+        (planar._replace(dtype=0, parameter=0, channels=2, keep=True, residual=True, pad=1), (37, 53)),
+    )
+    for variant, size in (*kinds, *in_tf32):
         tiling = fastest(variant.layer, SHARED_BYTES[arch], 108, (1, *size))
         assert tiling is not None
         yield SOURCE, variant.constants(tiling)
@@ -129,11 +148,12 @@ def _variant(a: Arguments) -> Variant:
     channels_last = all(x is None or is_channels_last(x) for x in (a.input, a.residual))
     # Fresh outputs are aligned: what a store may take depends on the sizes alone.
     out_vector = vector_width(o if a.channels_last else _output_size(a)[1])
+    widest = 16 // a.input.element_size()
     vector = vector_width(c, a.input, a.residual) if channels_last else 1
     pad = PADS[a.padding_mode] if any(a.padding) else 0
     return Variant(
-        hopper.SIXTEEN_BIT[a.input.dtype], hopper.parameter(a) or 0, c, o, kh, kw, a.stride[0], a.stride[1],
-        a.upsample, pad, min(vector, 8), planar, not a.channels_last, min(out_vector, 8),
+        hopper.OPERANDS[a.input.dtype], hopper.parameter(a) or 0, c, o, kh, kw, a.stride[0], a.stride[1],
+        a.upsample, pad, min(vector, widest), planar, not a.channels_last, min(out_vector, widest),
         a.activation == "relu", a.residual is not None, a.keep_input, a.normalizes, a.statistics,
         a.bias is not None, a.output_activation == "relu",
     )  # fmt: skip
@@ -157,7 +177,7 @@ def _has_mma(index: int) -> bool:
 def refusal(a: Arguments) -> str | None:
     """Why this kernel does not run ``a``; None where it does."""
     if not a.input.is_cuda or not _has_mma(a.input.device.index):
-        return "16-bit products need compute capability 8.0"
+        return "products by mma.sync need compute capability 8.0"
     reason = hopper.operand_refusal(a)
     if reason is not None:
         return reason
@@ -189,7 +209,8 @@ def prefers(a: Arguments) -> bool:
     """
     o, c, kh, kw = a.weight.shape
     fills = c % 8 == 0 and o % 8 == 0 and min(c, o) >= _WIDE
-    return not (fills and c * kh * kw >= _DEEP)
+    by_wgmma = a.input.is_cuda and hopper.available(a.input.device.index) and kh * kw <= 9
+    return not (fills and c * kh * kw >= (_DEEP_ON_HOPPER if by_wgmma else _DEEP))
 
 
 @functools.cache
@@ -215,8 +236,8 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = empty_image((n, variant.out_channels, out_h, out_w), x, a.channels_last)
     kept = empty_image(x.shape, x, a.channels_last) if a.keep_input else absent(x, x.dtype)
     mean, variance = hopper.statistics_outputs(a)
-    form = f"mma_conv {tiling.chunk} {tiling.warps_n} {tiling.tiles_n}"
-    weights = packed(a.weight, form, functools.partial(pack, tiling))
+    form = f"mma_conv {tiling.chunk_bytes} {tiling.warps_n} {tiling.tiles_n}"
+    weights = packed(a.weight, form, functools.partial(pack, tiling, x.element_size()))
     residual_strides = (0, 0)
     if a.residual is not None:
         residual_strides = (1, c) if is_channels_last(a.residual) else (h * w, 1)
@@ -232,16 +253,18 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return out, mean, variance, kept
 
 
-def pack(tiling: Tiling, weight: Tensor) -> Tensor:
+def pack(tiling: Tiling, size: int, weight: Tensor) -> Tensor:
     """Weights (O, C, kh, kw) in the order of the right operand's registers (csrc/mma.cuh).
 
     As (block of channels, chunk, step along a row of taps, product of the chunk, row of taps, warp, products,
-    lane, products of one load, half of the depth, 2), where a load takes the products of two where a warp
-    has an even number of them.
+    lane, products of one load, half of the depth, elements of a word), where a load takes the products of two
+    where a warp has an even number of them. ``size`` is what an element has in bytes; float32 is rounded to
+    TF32.
     """
     o, c, kh, kw = weight.shape
-    chunk, taps = tiling.chunk, tiling.step_taps
-    block, chunks, steps = tiling.block_channels, -(-c // tiling.chunk), -(-kw // taps)
+    weight = tf32.rounded(weight)
+    chunk, taps, word = tiling.chunk_bytes // size, tiling.step_taps, 4 // size
+    block, chunks, steps = tiling.block_channels, -(-c // chunk), -(-kw // taps)
     whole = weight.new_zeros((-(-o // block) * block, chunks * chunk, kh, steps * taps))
     whole[:o, :c, :, :kw] = weight
     # A product's depth: channels of one tap, or the taps of a step and their channels.
@@ -250,6 +273,6 @@ def pack(tiling: Tiling, weight: Tensor) -> Tensor:
     together = 1 if tiling.tiles_n % 2 else 2
     fragments = depth.reshape(
         -1, tiling.warps_n, tiling.tiles_n // together, together, 8,
-        chunks, tiling.depths, kh, steps, 2, 4, 2,
+        chunks, tiling.depths, kh, steps, 2, 4, word,
     )  # fmt: skip
     return fragments.permute(0, 5, 8, 6, 7, 1, 2, 4, 10, 3, 9, 11).contiguous()

@@ -8,22 +8,24 @@ from itertools import product
 from typing import NamedTuple
 
 _TILE_W = 16
+_TILES_N = (1, 2, 3, 4, 6, 8)
 _RESERVED_BYTES = 1024  # of shared memory, by the system for each block (CUDA C++ Programming Guide)
 _REGISTERS = 65536  # of a multiprocessor
 
 # What the model of `Tiling.clocks` counts: clocks of a multiprocessor. Only their proportions matter.
-_PRODUCTS = 1024  # multiplications of 16-bit numbers in a clock
+_PRODUCTS = 1024  # multiplications of 16-bit numbers in a clock, or half as many in TF32
 _SHARED_BYTES = 128  # that are read from shared memory in a clock
 _L2_BYTES = 32  # that arrive from the L2 cache in a clock
-_UNIT_CLOCKS = {1: 0.6, 2: 0.45, 4: 0.4, 8: 0.35}  # to finish 8 channels of a pixel, by elements of a load
-_OUT_CLOCKS = 5.0  # to write 16 pixels of 8 channels
+_UNIT_CLOCKS = {2: 1.2, 4: 0.9, 8: 0.8, 16: 0.7}  # to finish 16 bytes of a pixel, by bytes of a load
+_OUT_CLOCKS = 10.0  # to write 16 pixels of 8 channels
 _TILE_CLOCKS = 1200  # of a tile by itself: its index map, and waiting
 _BARRIER_CLOCKS = 80
 
 
 class Layer(NamedTuple):
-    """What a convolution is, as far as its cutting depends on it."""
+    """What a convolution is, as far as its cutting depends on it; ``size`` is an element's, in bytes."""
 
+    size: int
     channels: int
     out_channels: int
     kernel_h: int
@@ -43,7 +45,7 @@ class Tiling(NamedTuple):
     ``stages`` is 0 where all weights stay in shared memory. ``blocks`` are resident on a multiprocessor.
     """
 
-    chunk: int
+    chunk_bytes: int
     rows: int
     warps_m: int
     warps_n: int
@@ -51,6 +53,11 @@ class Tiling(NamedTuple):
     columns: int
     stages: int
     blocks: int = 1
+
+    @property
+    def group_tiles(self) -> int:
+        """Products side by side whose results leave at once, GROUP_TILES of the source."""
+        return self.tiles_n if self.tiles_n <= 4 else 3 if self.tiles_n % 4 else 4
 
     @property
     def threads(self) -> int:
@@ -73,17 +80,17 @@ class Tiling(NamedTuple):
 
     def chunks(self, layer: Layer) -> int:
         """Chunks of input channels."""
-        return -(-layer.channels // self.chunk)
+        return -(-layer.channels * layer.size // self.chunk_bytes)
 
     @property
     def depths(self) -> int:
         """Products for one tap of a chunk."""
-        return max(1, self.chunk // 16)
+        return max(1, self.chunk_bytes // 32)
 
     @property
     def step_taps(self) -> int:
         """Taps of a row that one product takes."""
-        return max(1, 16 // self.chunk)
+        return max(1, 32 // self.chunk_bytes)
 
     def x_steps(self, layer: Layer) -> int:
         """Products for a row of taps."""
@@ -104,52 +111,61 @@ class Tiling(NamedTuple):
         """Bytes of a stage of weights."""
         return self.columns * self.depths * layer.kernel_h * self.block_channels * 32
 
+    def weight_bytes(self, layer: Layer) -> int:
+        """Bytes of the weights that a block holds at once."""
+        return (self.stages or self.steps(layer)) * self.stage_bytes(layer)
+
     def shared_bytes(self, layer: Layer) -> int:
         """Dynamic shared memory of a block, as csrc/mma_tile.cuh lays it out."""
         pixels = self.halo_pixels(layer)
-        pitch = 2 * self.chunk + (0 if self.chunk < 16 else 16)
-        weights = (self.stages or self.steps(layer)) * self.stage_bytes(layer)
-        affines = 8 * self.chunks(layer) * self.chunk if layer.transform else 0
-        staged = self.tiles_n * 8 * 48 if layer.out_planar else 256 * (self.tiles_n | 1)
-        return (
-            weights + 2 * (-(-pixels * pitch // 16) * 16 + -(-pixels * 4 // 16) * 16 + affines)
-            + 4 * 32 + 16 * self.threads * layer.statistics + self.threads // 32 * staged
-        )  # fmt: skip
+        pitch = self.chunk_bytes + (0 if self.chunk_bytes < 32 else 16)
+        affines = 8 * self.chunks(layer) * self.chunk_bytes // layer.size if layer.transform else 0
+        by_pixel = 256 * (self.group_tiles * layer.size // 2 | 1)
+        staged = self.group_tiles * 8 * (16 * layer.size + 16) if layer.out_planar else by_pixel
+        sums = 16 * self.threads * self.tiles_n // self.group_tiles if layer.statistics else 0
+        twice = -(-pixels * pitch // 16) * 16 + -(-pixels * 4 // 16) * 16 + affines
+        return self.weight_bytes(layer) + 2 * twice + 4 * 32 + sums + self.threads // 32 * staged
 
     def registers(self, layer: Layer) -> int:
         """Registers with which a thread spills none: its sums, and the pixels that it has on their way."""
-        slim = layer.vector > 1 and not layer.residual
+        slim = layer.vector * layer.size > 2 and not layer.residual
         sums = 4 * self.rows * self.tiles_n
         if sums <= 32:
             return 96 if slim else 128
-        return 128 if slim or sums <= 48 else 168
+        if sums > 64:
+            return 256
+        steps = self.threads * self.x_steps(layer)
+        few = self.halo_pixels(layer) * max(1, self.chunk_bytes // 16) <= steps  # one unit a step
+        return 128 if sums <= 48 or (slim and few and self.tiles_n <= 4 and layer.kernel_h <= 5) else 168
 
     def clocks(self, layer: Layer) -> float:
         """About what a tile costs a multiprocessor that has other blocks to turn to."""
         pixels = self.tile[0] * _TILE_W
         taps = layer.kernel_h * self.x_steps(layer) * self.depths * self.chunks(layer)
-        products = pixels * self.block_channels * 16 * taps / _PRODUCTS
+        products = pixels * self.block_channels * 16 * taps / _PRODUCTS  # a depth of 32 bytes each
         planes = min(layer.stride_y, layer.kernel_h)
         row_loads = (self.rows * planes + layer.kernel_h - planes) / layer.kernel_h
         loads = self.threads // 32 * taps * (512 * row_loads + 256 * self.tiles_n) / _SHARED_BYTES
-        units = self.halo_pixels(layer) * self.chunks(layer) * self.chunk / 8
+        units = self.halo_pixels(layer) * self.chunks(layer) * self.chunk_bytes / 16
         weights = 0.0 if self.stages == 0 else self.steps(layer) * self.stage_bytes(layer) / _L2_BYTES
         barriers = self.steps(layer) if self.stages else self.chunks(layer)
-        beside = units * _UNIT_CLOCKS[layer.vector] + pixels * self.block_channels / 128 * _OUT_CLOCKS
+        beside = units * _UNIT_CLOCKS[layer.vector * layer.size]
+        beside += pixels * self.block_channels / 128 * _OUT_CLOCKS
         waits = (_TILE_CLOCKS + barriers * _BARRIER_CLOCKS) / self.blocks
-        return max(products, loads, weights) + beside / 2 + waits
+        # Products wait for what is loaded for them, now and then.
+        return max(products + loads / 2, weights) + beside + waits
 
 
 def _candidates(layer: Layer) -> Iterator[Tiling]:
     """Every way to cut ``layer``, with one block resident."""
-    c = layer.channels
-    chunks = (4,) if c <= 4 else (8,) if c <= 8 else (16,) if c <= 16 else (16, 32)
+    pixel = layer.channels * layer.size
+    chunks = (8,) if pixel <= 8 else (16,) if pixel <= 16 else (32,) if pixel <= 32 else (32, 64)
     # Tiles of fewer rows are for small pictures, and for kernels and strides that leave no room for more.
     heights = ((4, 4), (2, 4), (1, 4), (1, 2), (1, 1))
-    for chunk, (rows, warps_m), warps_n, tiles_n in product(chunks, heights, (1, 2), (1, 2, 3, 4)):
+    for chunk_bytes, (rows, warps_m), warps_n, tiles_n in product(chunks, heights, (1, 2), _TILES_N):
         if warps_n == 2 and tiles_n < 3:
             continue  # as many channels as one warp takes
-        whole = Tiling(chunk, rows, warps_m, warps_n, tiles_n, 1, 0)
+        whole = Tiling(chunk_bytes, rows, warps_m, warps_n, tiles_n, 1, 0)
         steps = whole.x_steps(layer)
         yield whole._replace(columns=steps)
         if whole.chunks(layer) * steps > 1:
@@ -182,9 +198,11 @@ def fastest(
         tiles = n * -(-height // rows) * -(-width // _TILE_W) * tiling.channel_blocks(layer)
         rounds = -(-tiles // (multiprocessors * blocks))
         together = min(blocks, -(-tiles // multiprocessors))  # blocks that a multiprocessor has at once
-        # Latencies are hidden by other warps: two a scheduler leave the tensor cores waiting now and then.
-        alone = 1 + 4 / (together * tiling.threads / 32)
-        time = rounds * together * tiling.clocks(layer) * alone
+        # Latencies are hidden by other warps, and by other products of a warp.
+        warps_together = together * tiling.threads / 32
+        alone = 1 + (2 + 32 / (tiling.rows * tiling.tiles_n)) / warps_together
+        first = together * tiling.weight_bytes(layer) / _L2_BYTES  # weights that a block waits for
+        time = rounds * together * tiling.clocks(layer) * alone + first
         if time < least:
             best, least = tiling, time
     return best

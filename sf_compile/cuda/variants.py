@@ -21,6 +21,7 @@ from sf_compile.cuda import (
     halo_variant,
     instance_norm,
     last_conv,
+    mma_ceiling,
     mma_conv,
     norm_statistics,
     normalization,
@@ -46,6 +47,7 @@ def every(arch: str) -> Iterator[tuple[str, dict[str, int]]]:
     yield from instance_norm.variants()
     yield from picture.variants()
     yield from mma_conv.variants(arch)
+    yield from mma_ceiling.variants()
     if arch == "sm_90a":
         yield from halo_variant.variants()
         yield from first_conv.variants()

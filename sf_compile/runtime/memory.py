@@ -21,9 +21,11 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sf_compile import tf32
+from sf_compile.cuda.layout import is_channels_last
 from sf_compile.precision import storage
 
 MEBIBYTE = 2**20
+_FIRST_LAYERS = 4  # channels of pictures whose planes a kernel reads
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 _FEWEST_WORKSPACE_BYTES = 4096
 _TOTALS_BYTES = 272  # of an (image, channel) in the workspace of a convolution's statistics
@@ -324,7 +326,8 @@ def _finished_apart(convolution: _Convolution) -> int:
     if a.get("input_scale") is not None:
         return int(x.numel())  # 8-bit integers, beside what is kept
     if convolution.fused:
-        apart = a["residual"] is not None and not a["keep_input"]
+        turns = a["channels_last"] and not is_channels_last(x) and x.shape[1] > _FIRST_LAYERS
+        apart = (a["residual"] is not None or turns) and not a["keep_input"]
         return x.numel() * convolution.dtype.itemsize if apart else 0
     left, right, top, bottom = (0, 0, 0, 0) if a["transposed"] else a["padding"]
     zeros = a["padding_mode"] == "zeros" and left == right and top == bottom

@@ -7,9 +7,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <csignal>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <tuple>
@@ -60,7 +59,9 @@ struct Fiber {
 inline std::vector<Fiber> fibers;
 inline std::vector<char> stacks;
 inline std::vector<Meeting> warps, blocks;
-inline ucontext_t scheduler;
+inline ucontext_t scheduler, launcher;
+inline const char* failure;  // of this launch; null while there is none
+inline std::vector<std::function<void()>> on_the_way;  // copies that arrive when somebody waits
 inline u32 current, shared_size, state = 1;
 inline std::function<void()> kernel;
 
@@ -68,10 +69,12 @@ inline u32 drawn(u32 below) {
   state = state * 1664525u + 1013904223u;
   return (u32)((u64)(state >> 8) * below >> 24);
 }
+// Ends the launch, whatever its threads are at.
 inline void fail(const char* what) {
-  std::fprintf(stderr, "emulated kernel: %s\n", what);
-  std::abort();
+  failure = what;
+  setcontext(&launcher);
 }
+inline void fault(int) { fail("an access to memory that is not the kernel's"); }
 inline void meet(Meeting& meeting) {
   Fiber& fiber = fibers[current];
   if (++meeting.arrived == meeting.size) {
@@ -106,6 +109,7 @@ inline bool runs(Fiber& fiber) {
   return true;
 }
 inline void run_block(u32 threads) {
+  on_the_way.clear();
   fibers.clear();
   fibers.resize(threads);
   stacks.resize((size_t)threads * kStack);
@@ -160,23 +164,37 @@ template <class... A> void call(void (*function)(A...), const u64* values) {
 }
 }  // namespace emulator
 
-__attribute__((aligned(4096))) inline unsigned char memory[emulator::kMostShared + 4096];
+__attribute__((aligned(4096))) inline unsigned char shared_pages[emulator::kMostShared + 4096];
+inline unsigned char* memory;  // of the block: it ends where nothing may be touched
 
 namespace emulator {
-template <class... A>
-void launch(void (*function)(A...), u32 grid, u32 threads, u32 shared_bytes, const u64* values, u32 seed) {
-  state = seed, gridDim.x = grid, shared_size = shared_bytes;
-  kernel = [=] { call(function, values); };
-  const u32 pages = (shared_bytes + 4095) / 4096 * 4096;
-  mprotect(memory + pages, sizeof(memory) - pages, PROT_NONE);
+inline void run_grid(u32 grid, u32 threads, u32 pages) {
   for (u32 block = 0; block < grid; block++) {
     blockIdx.x = block;
-    std::memset(memory, 0xff, pages);  // NaN
+    const unsigned char garbage = block % 2 ? 0xff : 0x7f;  // NaN and -1, or numbers that lead beyond everything
+    std::memset(shared_pages, garbage, pages);
     run_block(threads);
-    for (u32 i = shared_bytes; i < pages; i++)
-      if (memory[i] != 0xff) fail("a write beyond shared memory");
+    for (const unsigned char* i = shared_pages; i < memory; i++)
+      if (*i != garbage) fail("a write before shared memory");
   }
-  mprotect(memory + pages, sizeof(memory) - pages, PROT_READ | PROT_WRITE);
+}
+// What the kernel did that it may not do; null where that is nothing.
+template <class... A>
+const char* launch(void (*function)(A...), u32 grid, u32 threads, u32 shared_bytes, const u64* values, u32 seed) {
+  if (shared_bytes % 16 || shared_bytes > kMostShared) return "no such shared memory";
+  state = seed, gridDim.x = grid, shared_size = shared_bytes, failure = nullptr;
+  kernel = [=] { call(function, values); };
+  const u32 pages = (shared_bytes + 4095) / 4096 * 4096;
+  memory = shared_pages + pages - shared_bytes;
+  mprotect(shared_pages + pages, sizeof(shared_pages) - pages, PROT_NONE);
+  struct sigaction faults = {}, before[2];
+  faults.sa_handler = fault;
+  sigaction(SIGSEGV, &faults, &before[0]), sigaction(SIGBUS, &faults, &before[1]);
+  getcontext(&launcher);  // once more on `fail`
+  if (!failure) run_grid(grid, threads, pages);
+  sigaction(SIGSEGV, &before[0], nullptr), sigaction(SIGBUS, &before[1], nullptr);
+  mprotect(shared_pages + pages, sizeof(shared_pages) - pages, PROT_READ | PROT_WRITE);
+  return failure;
 }
 }  // namespace emulator
 

@@ -74,7 +74,7 @@ struct Barrier {
   }
 };
 inline std::map<u32, Barrier> barriers;
-inline std::vector<std::function<void()>> on_the_way;
+using emulator::on_the_way;
 
 DEVICE Barrier& barrier_at(u32 address) {
   if (address % 8 || !barriers.count(address)) emulator::fail("a barrier that is none");
@@ -126,7 +126,3 @@ template <class T> T __ldg(const T* at) { return *at; }
 // ---- results and operands ----------------------------------------------------------------------------------
 DEVICE u32 rounded(float first, float second) { return pack<DTYPE ? DTYPE : 1>(first, second); }
 DEVICE u32 rounded_relu(float first, float second) { return rounded(clamp_below(first, 0.f), clamp_below(second, 0.f)); }
-DEVICE u32 round_to_tf32(float x) {
-  const u32 bits = __float_as_uint(x);
-  return (std::isfinite(x) ? bits + 0x1000 : bits) & 0xffffe000;
-}

@@ -24,6 +24,11 @@ DEVICE u32 transpose_8x8(u32 a) {
   return at(column, row) | at(column + 1, row) << 16;
 }
 
+// The product of two words of operands: a number of TF32, whose last 13 bits are cut off, or two of 16 bits.
+DEVICE double product(u32 a, u32 b) {
+  if (DTYPE == 0) return (double)__uint_as_float(a & 0xffffe000) * __uint_as_float(b & 0xffffe000);
+  return (double)low(a) * low(b) + (double)high(a) * high(b);
+}
 DEVICE void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   u32 left[32][4], right[32][4];
   const u32 b[2] = {b0, b1}, lane = emulator::lane();
@@ -32,12 +37,15 @@ DEVICE void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   for (u32 i = 0; i < 4; i++) {
     const u32 row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     double sum = d[i];
-    for (u32 k = 0; k < 16; k += 2) {
-      const u32 pair = left[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], other = right[column * 4 + k % 8 / 2][k / 8];
-      sum += (double)low(pair) * low(other) + (double)high(pair) * high(other);
-    }
+    for (u32 word = 0; word < 8; word++)  // of the depth
+      sum += product(left[row % 8 * 4 + word % 4][row / 8 + word / 4 * 2], right[column * 4 + word % 4][word / 4]);
     d[i] = (float)sum;
   }
+}
+
+DEVICE u32 round_to_tf32(float x) {
+  const u32 bits = __float_as_uint(x);
+  return (std::isfinite(x) ? bits + 0x1000 : bits) & 0xffffe000;
 }
 
 DEVICE void copy_async(u32 to, const void* from) {
