@@ -15,7 +15,8 @@ from sf_compile.graph.plan import Decision, describe, precision_of
 from sf_compile.graph.quantize import candidates, with_scales
 from sf_compile.graph.values import value_of
 from sf_compile.options import Options
-from sf_compile.runtime.memory import Memory, mebibytes, predict
+from sf_compile.runtime.memory import Memory, mebibytes
+from sf_compile.runtime.memory_prediction import predict
 
 
 @dataclass(frozen=True)

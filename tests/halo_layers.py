@@ -15,7 +15,7 @@ from sf_compile import ops, tf32
 from sf_compile.cuda import convolution, halo_conv
 from sf_compile.cuda.compiler import KernelKey, compile_kernel
 from sf_compile.ops import reference
-from sf_compile.ops.conv2d import Arguments
+from sf_compile.ops.conv2d_arguments import Arguments
 
 
 class Layer(NamedTuple):

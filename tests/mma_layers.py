@@ -9,7 +9,7 @@ from halo_layers import check_picture, check_statistics, in_tf32, norm_operands,
 from torch import Tensor
 
 from sf_compile.cuda import mma_conv
-from sf_compile.ops.conv2d import Arguments
+from sf_compile.ops.conv2d_arguments import Arguments
 
 LAYOUTS = {True: torch.channels_last, False: torch.contiguous_format}
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sf_compile.ops import quantization
-from sf_compile.ops.conv2d import Arguments
+from sf_compile.ops.conv2d_arguments import Arguments
 
 
 class Layer(NamedTuple):

@@ -14,6 +14,7 @@ from bench_command import run_bench
 from sf_compile.bench import building, checks, network
 from sf_compile.bench.peers import PEERS
 from sf_compile.bench.rows import BenchmarkError
+from sf_compile.bench.subject import Subject
 from sf_compile.bench.work import Size, transformer_net_flop
 from sf_compile.models import TensorFlowTransformNet
 from sf_compile.options import Options
@@ -56,8 +57,8 @@ def test_the_kernels_share_of_a_first_call_is_its_own(
         reloaded_from.append(os.environ.get("STYLEFORGE_CACHE_DIR"))
         return Loaded(kernel.load_seconds / 2)
 
-    monkeypatch.setattr(building.launcher, "loaded", lambda: tuple(loaded))
-    monkeypatch.setattr(building.launcher, "reload", reload)
+    monkeypatch.setattr(building.loader, "loaded", lambda: tuple(loaded))
+    monkeypatch.setattr(building.loader, "reload", reload)
     peer = dataclasses.replace(PEERS["styleforge"], build=backend)
     built = building.build(peer, torch.nn.Identity(), torch.zeros(1), tmp_path, first_size=first_size)
     assert (built.kernels_cold_s, built.kernels_warm_s) == expected
@@ -139,7 +140,7 @@ def test_a_checkpoint_is_timed_with_its_own_weights(
     assert row["checkpoint"] == "tf4.pt" and str(tmp_path) not in output.read_text()
     assert "tf_transform_net (width 4, 1 blocks) of tf4.pt 1x16x20" in capsys.readouterr().out
     assert row["floor_ms"] * row["ceiling_tflops"] * 1e9 == pytest.approx(
-        network.Subject(trained).flop(Size(1, 16, 20)), rel=1e-3
+        Subject(trained).flop(Size(1, 16, 20)), rel=1e-3
     )
 
 
@@ -159,4 +160,4 @@ def test_the_operations_of_a_transposed_convolution_are_counted() -> None:
     with torch.no_grad():
         model(torch.rand(2, 3, 17, 20))
     expected, executed = executed, 0
-    assert network.Subject(model).flop(Size(2, 17, 20)) == expected > 0
+    assert Subject(model).flop(Size(2, 17, 20)) == expected > 0

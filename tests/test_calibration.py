@@ -18,7 +18,7 @@ from sf_compile.backend import styleforge
 from sf_compile.graph.quantize import candidates, with_scales
 from sf_compile.models import TransformerNet
 from sf_compile.ops import quantization
-from sf_compile.ops.conv2d import Arguments
+from sf_compile.ops.conv2d_arguments import Arguments
 from sf_compile.runtime import calibration
 from sf_compile.runtime.calibrated import Calibrated
 from sf_compile.runtime.calibration import Calibration, NotTelling, calibrate, psnr

@@ -11,7 +11,8 @@ import torch
 
 from sf_compile.cuda import capture, packing
 from sf_compile.cuda.capture import CudaDevice
-from sf_compile.runtime.cuda_graphs import Graphed, NotCapturable
+from sf_compile.runtime.cuda_graphs import Graphed
+from sf_compile.runtime.graph_device import NotCapturable
 
 
 class StandInCuda:

@@ -386,7 +386,7 @@ def test_importing_touches_no_cuda():
     program = (
         "import sys, torch\n"
         "before = set(sys.modules)\n"
-        "import sf_compile.cuda.compiler, sf_compile.cuda.launcher\n"
+        "import sf_compile.cuda.compiler, sf_compile.cuda.loader\n"
         "print([n for n in set(sys.modules) - before if n.startswith('cuda')], torch.cuda.is_initialized())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,

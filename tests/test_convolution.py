@@ -16,7 +16,7 @@ from cases import relative_error
 from sf_compile import ops
 from sf_compile.cuda import activation, convolution, halo_conv, hopper
 from sf_compile.cuda.compiler import source_directory
-from sf_compile.ops.conv2d import Arguments
+from sf_compile.ops.conv2d_arguments import Arguments
 
 
 def arguments(**changes: object) -> Arguments:

@@ -20,7 +20,8 @@ from sf_compile.activations import parse
 from sf_compile.cpu import building, convolution, kernels
 from sf_compile.models import TransformerNet
 from sf_compile.ops import reference
-from sf_compile.ops.conv2d import Arguments, composed
+from sf_compile.ops.conv2d import composed
+from sf_compile.ops.conv2d_arguments import Arguments
 from sf_compile.ops.normalize import Norm
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from sf_compile.runtime import cuda_graphs
-from sf_compile.runtime.cuda_graphs import Graphed, NotCapturable
+from sf_compile.runtime.cuda_graphs import Graphed
+from sf_compile.runtime.graph_device import NotCapturable
 
 LOGGER = "sf_compile.runtime.cuda_graphs"
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sf_compile import ops, tf32
 from sf_compile.cuda import first_conv, hopper
-from sf_compile.cuda.launcher import loaded
+from sf_compile.cuda.loader import loaded
 from sf_compile.ops import reference
-from sf_compile.ops.conv2d import Arguments
+from sf_compile.ops.conv2d_arguments import Arguments
 
 MODES = ("zeros", "reflect", "replicate")
 

@@ -226,7 +226,7 @@ on_hopper = pytest.mark.skipif(
 
 
 def test_kernels_of_the_network_are_among_those_that_ci_compiles():
-    from sf_compile.cuda import compiler, launcher, variants
+    from sf_compile.cuda import compiler, loader, variants
 
     with torch.no_grad():
         for dtype in (torch.float16, torch.float32):
@@ -234,7 +234,7 @@ def test_kernels_of_the_network_are_among_those_that_ci_compiles():
             compiled(model)(x)
     arch = compiler.architecture(torch.cuda.get_device_capability())
     listed = {(source, tuple(sorted(constants.items()))) for source, constants in variants.every(arch)}
-    loaded = {(kernel.key.source, kernel.key.constants) for kernel in launcher.loaded()}
+    loaded = {(kernel.key.source, kernel.key.constants) for kernel in loader.loaded()}
     # The fused convolutions are compiled for any channels; those of the known networks are listed.
     ours = {key for key in loaded if key[0] in {source for source, _ in listed} - FUSED}
     assert ours and ours <= listed

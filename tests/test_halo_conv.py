@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sf_compile.cuda import halo_conv, halo_variant, hopper
 from sf_compile.cuda.halo_variant import Variant
-from sf_compile.ops.conv2d import Arguments
+from sf_compile.ops.conv2d_arguments import Arguments
 from sf_compile.subpixel import subpixel_weights
 
 TILE = (8, 32)  # as in the source: rows, columns

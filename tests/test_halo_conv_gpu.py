@@ -32,7 +32,7 @@ from halo_layers import (
 
 from sf_compile import ops
 from sf_compile.cuda import convolution, halo_conv, hopper
-from sf_compile.cuda.launcher import loaded
+from sf_compile.cuda.loader import loaded
 
 NAN, INFINITY = float("nan"), float("inf")
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled")]

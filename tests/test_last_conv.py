@@ -16,7 +16,7 @@ from torch import Tensor
 from sf_compile import ops, tf32
 from sf_compile.cuda import hopper, last_conv
 from sf_compile.cuda.last_conv import Variant
-from sf_compile.ops.conv2d import Arguments
+from sf_compile.ops.conv2d_arguments import Arguments
 from sf_compile.ops.reference import activate_
 
 MODES = ("zeros", "reflect", "replicate")

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sf_compile.cuda import cache, compiler, launcher
+from sf_compile.cuda import cache, compiler, loader
+from sf_compile.cuda.argument_block import ArgumentBlock, argument_format, parameter_fields
 from sf_compile.cuda.compiler import KernelKey, KernelUnavailable
-from sf_compile.cuda.launcher import ArgumentBlock, Kernel, KernelLaunchError
+from sf_compile.cuda.driver_calls import KernelLaunchError
+from sf_compile.cuda.launcher import Kernel
 
 KEY = KernelKey("affine.cu", (("BLOCK", 256),), "sm_90a")
 SOURCE = """
@@ -54,7 +56,7 @@ def csrc(tmp_path, monkeypatch):
     monkeypatch.setattr(compiler, "source_directory", lambda: tmp_path)
     monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(compiler, "_memo", {})
-    monkeypatch.setattr(launcher, "_loaded", {})
+    monkeypatch.setattr(loader, "_loaded", {})
     return tmp_path
 
 
@@ -76,10 +78,10 @@ def test_pointer_array_reaches_every_argument(signature, arguments):
 
 def test_tensor_maps_come_first_and_take_128_bytes_each():
     fields = [(0, 128), (128, 128), (256, 512), (768, 8), (776, 4), (784, 8)]
-    assert launcher.parameter_fields("TTFPfq") == fields
+    assert parameter_fields("TTFPfq") == fields
     block = ArgumentBlock("TFPi")
     maps = bytes(range(128)), bytes(range(256)) * 2
-    struct.Struct(launcher.argument_format("TFPi")).pack_into(block.values, 0, *maps, 4096, -7)
+    struct.Struct(argument_format("TFPi")).pack_into(block.values, 0, *maps, 4096, -7)
     pointers = (ctypes.c_void_p * 4).from_address(block.address)
     assert tuple(ctypes.string_at(p, n) for p, n in zip(pointers, (128, 512), strict=False)) == maps
     assert ctypes.c_uint64.from_address(pointers[2]).value == 4096
@@ -252,18 +254,18 @@ def test_shared_memory_limit_is_raised_once(driver):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_load_without_a_gpu(csrc):
     with pytest.raises(KernelUnavailable, match="no NVIDIA GPU"):
-        launcher.load("affine.cu", "affine", {"BLOCK": 256}, 0, "PiPqfd")
+        loader.load("affine.cu", "affine", {"BLOCK": 256}, 0, "PiPqfd")
 
 
 def test_load_rejects_other_devices_and_bad_signatures(csrc):
     with pytest.raises(ValueError, match="runs on a CUDA device, not on cpu"):
-        launcher.load("affine.cu", "affine", {"BLOCK": 256}, torch.device("cpu"), "PiPqfd")
+        loader.load("affine.cu", "affine", {"BLOCK": 256}, torch.device("cpu"), "PiPqfd")
     with pytest.raises(ValueError, match="letter 's'"):
-        launcher.load("affine.cu", "affine", {"BLOCK": 256}, 0, "Ps")
+        loader.load("affine.cu", "affine", {"BLOCK": 256}, 0, "Ps")
 
 
 def load_affine(device: torch.device | int = 0, **constants: int) -> Kernel:
-    return launcher.load("affine.cu", "affine", {"BLOCK": 256, **constants}, device, "PiPqfd")
+    return loader.load("affine.cu", "affine", {"BLOCK": 256, **constants}, device, "PiPqfd")
 
 
 def launch_affine(kernel: Kernel, y: torch.Tensor, x: torch.Tensor, a: float, b: float) -> None:
@@ -287,9 +289,9 @@ def test_load_is_a_lookup_after_the_first_call(csrc, monkeypatch):
     assert load_affine(torch.device("cuda", 0)) is first
     assert load_affine(torch.device("cuda")) is first
     two_orders = [{"BLOCK": 256, "UNUSED": 1}, {"UNUSED": 1, "BLOCK": 256}]
-    a, b = (launcher.load("affine.cu", "affine", order, 0, "PiPqfd") for order in two_orders)
+    a, b = (loader.load("affine.cu", "affine", order, 0, "PiPqfd") for order in two_orders)
     assert a is b and a is not first
-    monkeypatch.setattr(launcher, "_load", None)
+    monkeypatch.setattr(loader, "_load", None)
     assert load_affine() is first
 
 
@@ -297,7 +299,7 @@ def test_load_is_a_lookup_after_the_first_call(csrc, monkeypatch):
 def test_reload_takes_the_cubin_from_the_disk_and_changes_nothing(csrc, monkeypatch):
     first = load_affine()
     monkeypatch.setattr(compiler, "_run_nvrtc", None)
-    again = launcher.reload(first)
+    again = loader.reload(first)
     assert again is not first and load_affine() is first
     assert 0 < again.load_seconds < first.load_seconds
     x, y = torch.randn(300, device="cuda"), torch.empty(300, device="cuda")
@@ -308,7 +310,7 @@ def test_reload_takes_the_cubin_from_the_disk_and_changes_nothing(csrc, monkeypa
 @pytest.mark.gpu
 def test_unknown_entry_names_the_kernel(csrc):
     with pytest.raises(KernelLaunchError, match=r"absent \(affine\.cu\[BLOCK=256\].*CUDA_ERROR_NOT_FOUND"):
-        launcher.load("affine.cu", "absent", {"BLOCK": 256}, 0, "P")
+        loader.load("affine.cu", "absent", {"BLOCK": 256}, 0, "P")
 
 
 @pytest.mark.gpu
@@ -343,8 +345,8 @@ def test_overlapping_kernel_waits_for_its_predecessor(csrc, captured):
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("programmatic dependent launch needs compute capability 9.0")
     (csrc / "pair.cu").write_text(PAIR)
-    first = launcher.load("pair.cu", "slow", {}, 0, "PPi", "overlapping")
-    second = launcher.load("pair.cu", "after", {}, 0, "PPi", "overlapping")
+    first = loader.load("pair.cu", "slow", {}, 0, "PPi", "overlapping")
+    second = loader.load("pair.cu", "after", {}, 0, "PPi", "overlapping")
     x, y, z = (torch.zeros(1000, device="cuda") for _ in range(3))
 
     def pair():
@@ -403,7 +405,7 @@ def test_wrong_block_size_names_the_kernel_and_harms_nothing(csrc):
 
 @pytest.mark.gpu
 def test_more_shared_memory_than_the_default(csrc):
-    kernel = launcher.load("affine.cu", "reverse", {"BLOCK": 256}, 0, "Pi")
+    kernel = loader.load("affine.cu", "reverse", {"BLOCK": 256}, 0, "Pi")
     for kilobytes in (48, 64, 96):  # 96 KB: every listed architecture allows 99 or more
         x = torch.arange(kilobytes * 256, dtype=torch.float32, device="cuda")
         expected = x.flip(0)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sf_compile.pipeline import StylizePipeline, stream
+from sf_compile.pipeline import StylizePipeline
+from sf_compile.pipeline.copier import Copier
 from sf_compile.pipeline.lending import Spares
 
 PLAIN = {"device": "cpu", "dtype": torch.float32}
@@ -32,14 +33,14 @@ def pipeline(**options) -> StylizePipeline:
 def copied(monkeypatch):
     """The sizes of what is copied out."""
     sizes: list[int] = []
-    copy = stream.Copier.__call__
+    copy = Copier.__call__
 
     def noted(self, target, source):
         if threading.current_thread() is threading.main_thread():
             sizes.append(target.nbytes)
         copy(self, target, source)
 
-    monkeypatch.setattr(stream.Copier, "__call__", noted)
+    monkeypatch.setattr(Copier, "__call__", noted)
     return sizes
 
 

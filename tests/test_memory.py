@@ -18,7 +18,8 @@ from sf_compile.graph.capturable import bound
 from sf_compile.models import TransformerNet
 from sf_compile.options import Options
 from sf_compile.runtime import out_of_memory
-from sf_compile.runtime.memory import MEBIBYTE, Memory, mebibytes, predict
+from sf_compile.runtime.memory import MEBIBYTE, Memory, mebibytes
+from sf_compile.runtime.memory_prediction import predict
 from sf_compile.runtime.out_of_memory import Explained, OutOfMemory
 
 BENCHMARKS = Path(__file__).parents[1] / "docs" / "benchmarks"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sf_compile.cuda import hopper, mma_conv, mma_tiling
 from sf_compile.cuda.mma_tiling import Tiling
-from sf_compile.ops.conv2d import Arguments
+from sf_compile.ops.conv2d_arguments import Arguments
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++")
 

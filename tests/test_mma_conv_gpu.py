@@ -28,8 +28,8 @@ from mma_layers import (
 from sf_compile import ops, tf32
 from sf_compile.cuda import convolution, mma_conv
 from sf_compile.cuda.compiler import KernelKey, architecture, compile_kernel
-from sf_compile.cuda.launcher import loaded
 from sf_compile.cuda.layout import shared_bytes
+from sf_compile.cuda.loader import loaded
 from sf_compile.cuda.mma_tiling import Tiling
 from sf_compile.cuda.recorder import Recorder
 

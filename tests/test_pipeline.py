@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import sf_compile
 from sf_compile import models
-from sf_compile.pipeline import Convention, PictureError, StylizePipeline, stream, timeline
+from sf_compile.pipeline import Convention, PictureError, StylizePipeline, lanes, timeline
+from sf_compile.pipeline.copier import Copier
 
 PLAIN = {"device": "cpu", "dtype": torch.float32}
 WAIT = 20  # seconds until a test gives up on another thread
@@ -445,14 +446,14 @@ def test_a_network_that_returns_something_else_is_told_so(network, message):
 
 
 def test_no_memory_for_one_size_is_an_error_of_its_pictures(monkeypatch):
-    reserve = stream.Lanes.reserve
+    reserve = lanes.Lanes.reserve
 
     def limited(self, slot, size):
         if size > 1000:
             raise MemoryError("full")
         reserve(self, slot, size)
 
-    monkeypatch.setattr(stream.Lanes, "reserve", limited)
+    monkeypatch.setattr(lanes.Lanes, "reserve", limited)
     source = [frame(0), frame(1), frame(2, 40, 40), frame(3), frame(4, 40, 40)]
     found = drained(StylizePipeline(inverse, batch_size=2, depth=1, **PLAIN)(source))
     assert [value for value, index in found if index not in (2, 4)] == [255, 254, 252]
@@ -716,7 +717,7 @@ def test_any_timing_gives_the_same_pictures(seed):
 
 
 def test_copies_in_bands_equal_the_source():
-    copier = stream.Copier(3)
+    copier = Copier(3)
     for shape in ((1, 1, 3), (2, 2_000_000, 3), (1000, 1500, 3), (7, 999_999, 3)):
         source = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         target = np.zeros_like(source)

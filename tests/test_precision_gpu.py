@@ -18,7 +18,7 @@ from sf_compile.cuda import convolution, first_conv, last_conv, normalization, r
 from sf_compile.cuda.recorder import Recorder
 from sf_compile.models import TransformerNet
 from sf_compile.ops import reference
-from sf_compile.ops.conv2d import Arguments
+from sf_compile.ops.conv2d_arguments import Arguments
 from sf_compile.ops.normalize import Norm
 from sf_compile.precision import storage
 

@@ -12,7 +12,7 @@ from quantized_layers import CASES, PLAIN, SKIP, UP, Layer, made
 from sf_compile import ops
 from sf_compile.cuda import halo_conv, halo_variant, hopper, normalization, quantized_conv
 from sf_compile.ops import quantization, reference
-from sf_compile.ops.conv2d import Arguments
+from sf_compile.ops.conv2d_arguments import Arguments
 
 LAYERS = {layer._replace(channels=16, out_channels=8): why for layer, _, why in CASES}
 KINDS = [pytest.param(layer, id=why.replace(" ", "-")) for layer, why in LAYERS.items()]

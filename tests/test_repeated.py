@@ -14,7 +14,7 @@ from stand_in_gpu import FUNCTION, expected, graph_of, install, step, whole
 from torch import nn
 
 from sf_compile.cuda import kernel_graph, repeated
-from sf_compile.cuda.launcher import KernelLaunchError
+from sf_compile.cuda.driver_calls import KernelLaunchError
 from sf_compile.cuda.recorder import observing
 from sf_compile.cuda.repeated import Repeated
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sf_compile import ops
 from sf_compile.cuda import hopper, residual_trunk
-from sf_compile.cuda.launcher import Addresses
+from sf_compile.cuda.argument_block import Addresses
 from sf_compile.cuda.residual_trunk import Finish, Variant, pack, refusal, variants
 from sf_compile.ops.library import CUDA
 

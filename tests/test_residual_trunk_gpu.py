@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sf_compile import ops
 from sf_compile.backend import styleforge
-from sf_compile.cuda import hopper, launcher, residual_trunk
+from sf_compile.cuda import hopper, loader, residual_trunk
 from sf_compile.models import TransformerNet
 
 EPS = 1e-5
@@ -195,7 +195,7 @@ def test_a_whole_network(size, launches):
         eager, results = model(x), [ours(x) for _ in range(4)]
         exact = model.double()(x.double())
     assert launches == [(1, 128, size // 4, size // 4)] * 2  # after these two, replays
-    assert "residual_trunk" in {kernel.entry for kernel in launcher.loaded()}
+    assert "residual_trunk" in {kernel.entry for kernel in loader.loaded()}
     assert all(torch.equal(out, results[0]) for out in results)
     assert relative_error(results[0], exact) <= 1.25 * relative_error(eager, exact)
 

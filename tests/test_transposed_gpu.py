@@ -9,7 +9,7 @@ from halo_layers import Layer, check, check_margins, compile_all, equal, fused, 
 from torch import nn
 
 from sf_compile.cuda import convolution, halo_conv, hopper
-from sf_compile.cuda.launcher import loaded
+from sf_compile.cuda.loader import loaded
 
 NAN = float("nan")
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled")]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sf_compile import ops
 from sf_compile.cuda import convolution, first_conv, halo_conv, halo_variant, hopper, last_conv
-from sf_compile.ops.conv2d import Arguments
+from sf_compile.ops.conv2d_arguments import Arguments
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 # kernel, stride, padding (l, r, t, b), why

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from sf_compile.bench.peers import Peer
 from sf_compile.bench.timing import Call, CapturedCall, first_call_seconds, peak_mebibytes
-from sf_compile.cuda import launcher
+from sf_compile.cuda import loader
+from sf_compile.cuda.launcher import Kernel
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ def build(peer: Peer, model: nn.Module, example: Tensor, caches: Path, *, first_
         call(example)
         return Built(call)
     with _cache_folder(Path(tempfile.mkdtemp(dir=caches))):
-        before = set(launcher.loaded())
+        before = set(loader.loaded())
         call = peer.build(model)
         cold = first_call_seconds(call, example)
         if peer.row_name != "styleforge":
             return Built(call, cold)
-        kernels = [kernel for kernel in launcher.loaded() if kernel not in before]
+        kernels = [kernel for kernel in loader.loaded() if kernel not in before]
         torch._dynamo.reset()
         call = peer.build(model)
         warm = first_call_seconds(call, example)
@@ -72,12 +73,12 @@ def build(peer: Peer, model: nn.Module, example: Tensor, caches: Path, *, first_
         return Built(call, cold, warm, *_kernel_seconds(kernels))
 
 
-def _kernel_seconds(kernels: Sequence[launcher.Kernel]) -> tuple[float | None, float | None]:
+def _kernel_seconds(kernels: Sequence[Kernel]) -> tuple[float | None, float | None]:
     """Return what loading `kernels` took, and takes from the disk cache; None for both without any."""
     if not kernels:
         return None, None
     cold = sum(kernel.load_seconds for kernel in kernels)
-    return cold, sum(launcher.reload(kernel).load_seconds for kernel in kernels)
+    return cold, sum(loader.reload(kernel).load_seconds for kernel in kernels)
 
 
 @contextlib.contextmanager

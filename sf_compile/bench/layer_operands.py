@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sf_compile.bench.rows import dtype_name
 from sf_compile.bench.work import Layer, Size
-from sf_compile.ops.conv2d import Arguments
+from sf_compile.ops.conv2d_arguments import Arguments
 
 EPS = 1e-5
 

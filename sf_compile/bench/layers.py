@@ -27,8 +27,8 @@ from sf_compile.bench.rows import BenchmarkError, Keep, Log, Row, dtype_name, en
 from sf_compile.bench.timing import Budget, Sample, interleaved, sustained
 from sf_compile.bench.work import Size, parse_sizes, transformer_net_layers
 from sf_compile.cuda import convolution, halo_conv
-from sf_compile.ops.conv2d import Arguments
 from sf_compile.ops.conv2d import conv2d as fused_conv2d
+from sf_compile.ops.conv2d_arguments import Arguments
 
 GPU_SIZES = parse_sizes("512x512,1080x1920,2160x3840")
 CPU_SIZES = parse_sizes("64x64")

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 import torch._dynamo
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from sf_compile import tf32
 from sf_compile.bench.building import Built, build, ready
@@ -27,67 +26,14 @@ from sf_compile.bench.ceilings import Ceilings, kernels_of, measure_ceilings
 from sf_compile.bench.checks import check_output, check_psnr, check_sizes, relative_error, run_in_tf32
 from sf_compile.bench.peers import PEERS, Build, Peer, styleforge
 from sf_compile.bench.rows import BenchmarkError, Keep, Log, Row, dtype_name, environment_of, forget, rounded
+from sf_compile.bench.subject import SEED, Subject
 from sf_compile.bench.timing import Budget, Call, Sample, interleaved, sustained
-from sf_compile.bench.work import Size, parse_sizes, transformer_net_flop
-from sf_compile.models import CheckpointError, TensorFlowTransformNet, TransformerNet, load_checkpoint
+from sf_compile.bench.work import Size, parse_sizes
 from sf_compile.options import Options
 
 GPU_SIZES = parse_sizes("512x512,1080x1920,2160x3840,8x512x512")
 CPU_SIZES = parse_sizes("128x128,384x384")
-SEED = 0
 ROTATING_INPUTS = 4
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The network that is timed.
-
-    Attributes:
-        model: in eval mode on the CPU, float32; nothing changes it.
-        checkpoint: the name, without its folder, of the file that its weights come from; None for random
-            ones.
-    """
-
-    model: TransformerNet | TensorFlowTransformNet
-    checkpoint: str | None = None
-
-    @classmethod
-    def random(cls, width: int = 32, blocks: int = 5) -> Subject:
-        """Make a TransformerNet with `width` channels in its first layer and random weights."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
-            return cls(TransformerNet(width=width, blocks=blocks).eval())
-
-    @classmethod
-    def trained(cls, path: Path) -> Subject:
-        """Load the network in a checkpoint file.
-
-        Raises:
-            BenchmarkError: there is none, or it is damaged or foreign.
-        """
-        try:
-            return cls(load_checkpoint(path), path.name)
-        except CheckpointError as error:
-            raise BenchmarkError(str(error)) from error
-
-    def row(self) -> Row:
-        """Return the fields of a row that say which network it is."""
-        transformer_net = isinstance(self.model, TransformerNet)
-        return {
-            "network": "transformer_net" if transformer_net else "tf_transform_net",
-            "network_width": self.model.width,
-            "blocks": self.model.blocks,
-            "checkpoint": self.checkpoint,
-        }
-
-    def flop(self, size: Size) -> int:
-        """Operations of the convolutions, each in the form that needs the fewest."""
-        if isinstance(self.model, TransformerNet):
-            return transformer_net_flop(size, width=self.model.width, blocks=self.model.blocks)
-        # A transposed convolution needs no other form: it multiplies every tap with every input pixel once.
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            copy.deepcopy(self.model).to("meta")(torch.empty(size.batch, 3, *size[1:], device="meta"))
-        return counter.get_total_flops()
 
 
 @dataclass(frozen=True)

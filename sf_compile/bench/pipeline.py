@@ -28,7 +28,6 @@ import torch._dynamo
 from torch import Tensor
 
 from sf_compile.bench.checks import check_output, check_sizes, relative_error
-from sf_compile.bench.network import SEED, Subject
 from sf_compile.bench.peers import PEERS, Network
 from sf_compile.bench.rows import (
     BenchmarkError,
@@ -41,6 +40,7 @@ from sf_compile.bench.rows import (
     replacing,
     rounded,
 )
+from sf_compile.bench.subject import SEED, Subject
 from sf_compile.bench.timing import Budget, synchronize
 from sf_compile.bench.work import Size, parse_sizes
 from sf_compile.pipeline import Convention, StylizePipeline, timeline

@@ -9,39 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sf_compile.bench.work import Size, parse_sizes
+from sf_compile.cli import bench_suites
 from sf_compile.options import PRECISIONS
 
 if TYPE_CHECKING:
-    import torch
-
-    from sf_compile.bench.rows import Keep, Row
-    from sf_compile.bench.timing import Budget
+    from sf_compile.bench.rows import Row
 
 DESCRIPTION = "time this backend, eager and Inductor in one run, checked against float64 first"
 
 DTYPES = ("float32", "float16", "bfloat16")
-# Of a suite: on a CPU, on a GPU.
-DEFAULT_DTYPES = {
-    "network": (("float32",), ("float32", "float16")),
-    "layers": (("float32",), ("float16",)),
-    "instance_norm": (("float32",), ("float32", "float16")),
-    "pipeline": (("float32",), ("float16",)),
-}
-OPTION_SUITES = {
-    "variants": ("instance_norm",),
-    "hot": ("network", "layers"),
-    "width": ("network",),
-    "blocks": ("network",),
-    "checkpoint": ("network",),
-    "precision": ("network",),
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``styleforge bench`` to `parser`."""
     parser.add_argument(
         "--suite",
-        choices=tuple(DEFAULT_DTYPES),
+        choices=tuple(bench_suites.DEFAULT_DTYPES),
         default="network",
         help="network: TransformerNet end to end; layers: each of its convolutions beside cuDNN's; "
         "instance_norm: the fused operation on the shapes that TransformerNet gives it; pipeline: pictures a "
@@ -177,7 +160,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from sf_compile.bench import tables
     from sf_compile.bench.roofline import check_plot
     from sf_compile.bench.rows import BenchmarkError, check_output, write_rows
     from sf_compile.cli import devices
@@ -188,11 +170,11 @@ def _run(arguments: argparse.Namespace) -> int:
         check_plot(arguments.plot, force=arguments.force)
     if arguments.output is not None:
         check_output(arguments.output, force=arguments.force)
-    for option, suites in OPTION_SUITES.items():
+    for option, suites in bench_suites.OPTION_SUITES.items():
         if getattr(arguments, option) is not None and arguments.suite not in suites:
             raise BenchmarkError(f"--{option} belongs to suite {' and '.join(suites)}")
     device = devices.find(arguments.device)
-    names = arguments.dtypes or DEFAULT_DTYPES[arguments.suite][device.type == "cuda"]
+    names = arguments.dtypes or bench_suites.DEFAULT_DTYPES[arguments.suite][device.type == "cuda"]
     dtypes = [getattr(torch, name) for name in names]
     written = False
 
@@ -203,13 +185,8 @@ def _run(arguments: argparse.Namespace) -> int:
             write_rows(arguments.output, rows, force=arguments.force or written)
             written = True
 
-    suite, table = {
-        "network": (_network, tables.network_table),
-        "layers": (_layers, tables.layers_table),
-        "instance_norm": (_instance_norm, tables.instance_norm_table),
-        "pipeline": (_pipeline, tables.pipeline_table),
-    }[arguments.suite]
-    print(table(suite(arguments, device, dtypes, keep)))
+    run_suite, table = bench_suites.find(arguments.suite)
+    print(table(run_suite(arguments, device, dtypes, keep)))
     return 0
 
 
@@ -222,103 +199,3 @@ def _plot(arguments: argparse.Namespace) -> int:
     check_plot(arguments.plot, force=arguments.force)
     plot(arguments.plot, read_rows(arguments.rows))
     return 0
-
-
-def _budget(arguments: argparse.Namespace) -> Budget:
-    """How long to measure each peer."""
-    from sf_compile.bench.timing import Budget
-
-    if arguments.quick:
-        return Budget.quick()
-    if arguments.suite == "network":
-        return Budget(seconds=arguments.seconds or 1.0)
-    if arguments.suite == "pipeline":
-        # Rounds of hundreds of pictures, for the first and the last of each have nothing to overlap with.
-        return Budget(seconds=arguments.seconds or 3.0, rounds=5)
-    # Many cases, each of them light on power: less of everything.
-    return Budget(seconds=arguments.seconds or 0.1, rounds=5, pause=0.02)
-
-
-def _network(
-    arguments: argparse.Namespace, device: torch.device, dtypes: Sequence[torch.dtype], keep: Keep
-) -> list[Row]:
-    from sf_compile.bench import network
-    from sf_compile.bench.peers import of_precision
-    from sf_compile.bench.rows import BenchmarkError
-
-    if arguments.checkpoint is None:
-        subject = network.Subject.random(arguments.width or 32, arguments.blocks or 5)
-    elif arguments.width is None and arguments.blocks is None:
-        subject = network.Subject.trained(arguments.checkpoint)
-    else:
-        raise BenchmarkError("--checkpoint has a width and blocks of its own: leave out --width and --blocks")
-    return network.run_network(
-        arguments.sizes or (network.GPU_SIZES if device.type == "cuda" else network.CPU_SIZES),
-        dtypes,
-        of_precision(network.select_peers(arguments.peers, device, _log), arguments.precision or "auto"),
-        device,
-        subject=subject,
-        budget=_budget(arguments),
-        hot=arguments.hot or 0.0,
-        quick=arguments.quick,
-        log=_log,
-        keep=keep,
-    )
-
-
-def _layers(
-    arguments: argparse.Namespace, device: torch.device, dtypes: Sequence[torch.dtype], keep: Keep
-) -> list[Row]:
-    from sf_compile.bench import layers
-
-    return layers.run_layers(
-        arguments.sizes or (layers.GPU_SIZES if device.type == "cuda" else layers.CPU_SIZES),
-        dtypes,
-        layers.select_peers(arguments.peers),
-        device,
-        budget=_budget(arguments),
-        hot=arguments.hot or 0.0,
-        quick=arguments.quick,
-        log=_log,
-        keep=keep,
-    )
-
-
-def _instance_norm(
-    arguments: argparse.Namespace, device: torch.device, dtypes: Sequence[torch.dtype], keep: Keep
-) -> list[Row]:
-    from sf_compile.bench import instance_norm
-
-    on_gpu = device.type == "cuda"
-    sizes = arguments.sizes or (instance_norm.GPU_SIZES if on_gpu else instance_norm.CPU_SIZES)
-    return instance_norm.run_instance_norm(
-        instance_norm.shapes_of(sizes, target=on_gpu and arguments.sizes is None),
-        dtypes,
-        instance_norm.select_operations(arguments.peers, device, _log),
-        device,
-        variants=instance_norm.select_variants(arguments.variants),
-        budget=_budget(arguments),
-        log=_log,
-        keep=keep,
-    )
-
-
-def _pipeline(
-    arguments: argparse.Namespace, device: torch.device, dtypes: Sequence[torch.dtype], keep: Keep
-) -> list[Row]:
-    from sf_compile.bench import pipeline
-
-    return pipeline.run_pipeline(
-        arguments.sizes or (pipeline.GPU_SIZES if device.type == "cuda" else pipeline.CPU_SIZES),
-        dtypes,
-        pipeline.select_peers(arguments.peers, device, _log),
-        device,
-        budget=_budget(arguments),
-        draw=arguments.plot,
-        log=_log,
-        keep=keep,
-    )
-
-
-def _log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -24,7 +24,8 @@ from sf_compile.cpu import kernels
 from sf_compile.cpu.forms import is_subpixel, is_winograd
 from sf_compile.cuda.packing import packed
 from sf_compile.ops import reference
-from sf_compile.ops.conv2d import Arguments, absent
+from sf_compile.ops.conv2d_arguments import Arguments
+from sf_compile.ops.library import absent
 from sf_compile.subpixel import subpixel_weights
 
 _FEW_CHANNELS = 4

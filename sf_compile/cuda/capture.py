@@ -20,7 +20,7 @@ from torch import Tensor
 from sf_compile.cuda import packing
 from sf_compile.cuda.recorder import extent
 from sf_compile.cuda.repeated import watched
-from sf_compile.runtime.cuda_graphs import NotCapturable
+from sf_compile.runtime.graph_device import NotCapturable
 
 _streams: dict[int, torch.cuda.Stream] = {}
 _capturing = threading.Lock()
@@ -28,7 +28,7 @@ _capturing = threading.Lock()
 
 
 class CudaDevice:
-    """A ``sf_compile.runtime.cuda_graphs.Device``: PyTorch's CUDA."""
+    """A ``sf_compile.runtime.graph_device.Device``: PyTorch's CUDA."""
 
     def __init__(self) -> None:
         precision = getattr(torch._C, "_get_fp32_precision_getter", None)
@@ -94,7 +94,7 @@ class CudaDevice:
 
 
 class CapturedCall:
-    """A ``sf_compile.runtime.cuda_graphs.Graph``.
+    """A ``sf_compile.runtime.graph_device.Graph``.
 
     Attributes:
         bytes: What it holds of the GPU's memory.

@@ -24,8 +24,9 @@ from sf_compile.cuda.normalization import apply, converts, normalize, usable
 from sf_compile.cuda.statistics import statistics
 from sf_compile.ops import reference
 from sf_compile.ops.checks import statistics_dtype
-from sf_compile.ops.conv2d import Arguments, absent, composed
-from sf_compile.ops.library import empty_image
+from sf_compile.ops.conv2d import composed
+from sf_compile.ops.conv2d_arguments import Arguments
+from sf_compile.ops.library import absent, empty_image
 from sf_compile.ops.normalize import Norm
 
 _MOST_CHOICES = 4096

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from sf_compile import tf32
 from sf_compile.cuda import activation, hopper
-from sf_compile.cuda.launcher import Kernel, load
+from sf_compile.cuda.launcher import Kernel
 from sf_compile.cuda.layout import DTYPES, PADS, multiprocessors, pointer
+from sf_compile.cuda.loader import load
 from sf_compile.cuda.packing import packed
 from sf_compile.cuda.tensor_maps import channels_last_map
-from sf_compile.ops.conv2d import Arguments, absent
-from sf_compile.ops.library import empty_image
+from sf_compile.ops.conv2d_arguments import Arguments
+from sf_compile.ops.library import absent, empty_image
 
 SOURCE = "first_conv.cu"
 KERNELS = (3, 5, 7, 9)

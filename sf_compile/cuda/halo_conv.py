@@ -18,12 +18,13 @@ from sf_compile.cuda.halo_variant import (
     pack_integers,
     pack_transposed,
 )
-from sf_compile.cuda.launcher import Kernel, load
+from sf_compile.cuda.launcher import Kernel
 from sf_compile.cuda.layout import PADS, is_channels_last, multiprocessors, pointer
+from sf_compile.cuda.loader import load
 from sf_compile.cuda.packing import packed
 from sf_compile.cuda.tensor_maps import TensorMap, channels_last_map
-from sf_compile.ops.conv2d import Arguments, absent
-from sf_compile.ops.library import empty_image
+from sf_compile.ops.conv2d_arguments import Arguments
+from sf_compile.ops.library import absent, empty_image
 
 _THREADS = 384
 _ROUND = {0: 2, 1: 4, 2: 4}  # columns of a tile that are stored at a time, by DTYPE

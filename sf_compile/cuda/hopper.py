@@ -18,7 +18,8 @@ from sf_compile.cuda.compiler import usable_or_warn
 from sf_compile.cuda.layout import dense_channels, image_stride, parameter_dtype, pointer
 from sf_compile.cuda.workspace import zeroed
 from sf_compile.ops.checks import statistics_dtype
-from sf_compile.ops.conv2d import Arguments, absent
+from sf_compile.ops.conv2d_arguments import Arguments
+from sf_compile.ops.library import absent
 
 SHARED_BYTES = 232_448
 """Shared memory that a block may have on compute capability 9.0 (CUDA C++ Programming Guide, 227 KB)."""

@@ -15,7 +15,7 @@ from itertools import product
 from torch import Tensor
 
 from sf_compile.cuda import activation as functions
-from sf_compile.cuda.launcher import Kernel, load
+from sf_compile.cuda.launcher import Kernel
 from sf_compile.cuda.layout import (
     DTYPES,
     dense_channels,
@@ -29,6 +29,7 @@ from sf_compile.cuda.layout import (
     vector_width,
     vector_widths,
 )
+from sf_compile.cuda.loader import load
 from sf_compile.cuda.normalization import normalize, usable
 from sf_compile.cuda.slabs import STEP, SlabVariant, cut, phased, slab_variants
 from sf_compile.cuda.statistics import statistics

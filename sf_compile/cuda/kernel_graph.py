@@ -110,7 +110,7 @@ def _destroyed(library: Any, name: str, handle: c_void_p) -> None:
 
 
 class KernelGraph:
-    """Kernels that follow each other as their modes say (``launcher.load``), to be launched on one stream.
+    """Kernels that follow each other as their modes say (``loader.load``), to be launched on one stream.
 
     The calling thread has entered the kernels' context, and alone uses this. What the nodes' argument arrays
     point to is read when a node is made and by ``update``, and must stay where it is.

@@ -12,11 +12,12 @@ from torch import Tensor
 from sf_compile import tf32
 from sf_compile.cuda import activation, hopper
 from sf_compile.cuda.activation import CLAMPED, FLOOR, IDENTITY, LEAKY, RECTIFIED, TANH
-from sf_compile.cuda.launcher import Kernel, load
+from sf_compile.cuda.launcher import Kernel
 from sf_compile.cuda.layout import DTYPES, PADS, is_channels_last, multiprocessors, pointer
+from sf_compile.cuda.loader import load
 from sf_compile.cuda.packing import packed
-from sf_compile.ops.conv2d import Arguments, absent
-from sf_compile.ops.library import empty_image
+from sf_compile.ops.conv2d_arguments import Arguments
+from sf_compile.ops.library import absent, empty_image
 
 SOURCE = "last_conv.cu"
 COLUMNS = {0: (96, 136, 200), 1: (128, 184, 200), 2: (128, 184, 200)}

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sf_compile import tf32
-from sf_compile.cuda.launcher import Kernel, load
+from sf_compile.cuda.launcher import Kernel
 from sf_compile.cuda.layout import DTYPES, multiprocessors
+from sf_compile.cuda.loader import load
 
 SOURCE = "mma_ceiling.cu"
 _THREADS = 256

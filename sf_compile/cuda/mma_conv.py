@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sf_compile import tf32
 from sf_compile.cuda import hopper
-from sf_compile.cuda.launcher import Kernel, load
+from sf_compile.cuda.launcher import Kernel
 from sf_compile.cuda.layout import (
     PADS,
     is_channels_last,
@@ -20,10 +20,11 @@ from sf_compile.cuda.layout import (
     shared_bytes,
     vector_width,
 )
+from sf_compile.cuda.loader import load
 from sf_compile.cuda.mma_tiling import Layer, Tiling, fastest
 from sf_compile.cuda.packing import packed
-from sf_compile.ops.conv2d import Arguments, absent
-from sf_compile.ops.library import empty_image
+from sf_compile.ops.conv2d_arguments import Arguments
+from sf_compile.ops.library import absent, empty_image
 
 SOURCE = "mma_conv.cu"
 SHARED_BYTES = {
@@ -32,8 +33,8 @@ SHARED_BYTES = {
 """Shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications")."""
 
 _SIGNATURE = "PPP" + hopper.NORM_SIGNATURE + "PPP" + hopper.SUMS_SIGNATURE + "qqd" + "iiiiiiiiiii"
-# Products of a sum from which cuDNN's kernels gain more than passes around them cost; on compute capability 9.0 its
-# kernels of up to 3x3 taps multiply by wgmma, half again as fast as any mma.sync.
+# Products of a sum from which cuDNN's kernels gain more than passes around them cost. On compute capability
+# 9.0 those of up to 3x3 taps multiply by wgmma, faster than any mma.sync.
 _DEEP, _DEEP_ON_HOPPER = 4608, 1152
 _WIDE = 64  # channels that fill their tiles
 _MOST = 1 << 30  # of what the kernel counts in 32 bits, and doubles

@@ -13,7 +13,7 @@ from torch import Tensor
 from sf_compile.cuda import activation
 from sf_compile.cuda.activation import FLOOR
 from sf_compile.cuda.compiler import usable_or_warn
-from sf_compile.cuda.launcher import Kernel, load
+from sf_compile.cuda.launcher import Kernel
 from sf_compile.cuda.layout import (
     DTYPES,
     PADS,
@@ -27,6 +27,7 @@ from sf_compile.cuda.layout import (
     vector_width,
     vector_widths,
 )
+from sf_compile.cuda.loader import load
 from sf_compile.ops import reference
 from sf_compile.ops.library import empty_image
 from sf_compile.ops.normalize import Norm

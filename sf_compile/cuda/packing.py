@@ -33,7 +33,7 @@ class Packed(NamedTuple):
 
     @property
     def launch_mode(self) -> str:
-        """The mode to ``launcher.load`` a kernel with that fetches this weight early."""
+        """The mode to ``loader.load`` a kernel with that fetches this weight early."""
         return "overlapping" if self.finished else "ordinary"
 
 

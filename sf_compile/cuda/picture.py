@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sf_compile.cuda.compiler import usable_or_warn
-from sf_compile.cuda.launcher import Kernel, load
+from sf_compile.cuda.launcher import Kernel
 from sf_compile.cuda.layout import DTYPES, pointer
+from sf_compile.cuda.loader import load
 from sf_compile.ops import reference
 
 SOURCE = "picture.cu"

@@ -13,7 +13,7 @@ from sf_compile.cuda import halo_conv
 from sf_compile.cuda.layout import is_channels_last
 from sf_compile.cuda.normalization import apply, usable
 from sf_compile.ops import quantization
-from sf_compile.ops.conv2d import Arguments
+from sf_compile.ops.conv2d_arguments import Arguments
 
 
 def _finished(a: Arguments) -> Arguments:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sf_compile.cuda.arena import Arena, Lifetime, plan
-from sf_compile.cuda.launcher import Addresses, Kernel
+from sf_compile.cuda.argument_block import Addresses
+from sf_compile.cuda.launcher import Kernel
 from sf_compile.cuda.recorder import Allocation, Recorder, extent
 from sf_compile.cuda.tensor_maps import TensorMap
 from sf_compile.runtime.unchanged import version_of

@@ -25,7 +25,7 @@ from sf_compile.cuda.recorder import Recorder
 from sf_compile.cuda.recording import NotReplayable, Recording, resolve
 from sf_compile.cuda.replay import Replay
 from sf_compile.ops.library import CUDA
-from sf_compile.runtime.unchanged import Unchanged, picker
+from sf_compile.runtime.unchanged import Forget, Unchanged, picker
 
 _MOST_KINDS = 8
 _MOST_ATTEMPTS = 2  # at a recording; another thread may have done what made the first one fail
@@ -159,7 +159,7 @@ class Repeated:
             if kind is None or not kind.holds_for(parameters):
                 if any(map(Tensor.is_inference, parameters)):  # those have no version, and are packed anew
                     return None
-                kind = self._kinds[key] = _Kind(parameters, _Forget(self, key))
+                kind = self._kinds[key] = _Kind(parameters, Forget(self, key))
                 while len(self._kinds) > _MOST_KINDS:
                     self._kinds.popitem(last=False)
             self._kinds.move_to_end(key)
@@ -202,19 +202,6 @@ def _replay(
     outputs = [empty(size, stride, dtype) for size, stride, dtype in recording.outputs]
     replay([x.data_ptr() for x in (arena, *tensors, *outputs)])
     return tuple([outputs[i] for i in recording.returned])
-
-
-class _Forget:
-    """Has a kind of calls forgotten when one of its parameters is gone; keeps nothing alive."""
-
-    def __init__(self, owner: Repeated, key: tuple[Any, ...]) -> None:
-        self._owner = weakref.ref(owner)
-        self._key = key
-
-    def __call__(self, _: Any) -> None:
-        owner = self._owner()
-        if owner is not None:
-            owner.forget(self._key)
 
 
 def _positions(types: Sequence[type]) -> _Positions | None:

@@ -7,8 +7,8 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sf_compile.cuda.argument_block import ArgumentBlock, argument_format, parameter_fields
 from sf_compile.cuda.kernel_graph import KernelGraph, Node
-from sf_compile.cuda.launcher import ArgumentBlock, argument_format, parameter_fields
 from sf_compile.cuda.recording import BoundLaunch, Recording
 
 _MAP_BYTES = 128

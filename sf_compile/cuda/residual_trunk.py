@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from sf_compile.cuda import hopper
-from sf_compile.cuda.launcher import Addresses, Kernel, load
+from sf_compile.cuda.argument_block import Addresses
+from sf_compile.cuda.launcher import Kernel
 from sf_compile.cuda.layout import is_channels_last, multiprocessors, parameter_dtype, pointer
+from sf_compile.cuda.loader import load
 from sf_compile.cuda.packing import packed
 from sf_compile.cuda.workspace import zeroed
 from sf_compile.ops.library import empty_image

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sf_compile.cuda.launcher import checked, enter_context
+from sf_compile.cuda.driver_calls import checked, enter_context
 
 SWIZZLES = {32: "32B", 64: "64B", 128: "128B"}
 """Bytes of a box's innermost row that a shared-memory swizzle exists for here."""

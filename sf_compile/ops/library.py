@@ -72,3 +72,8 @@ def empty_image(shape: Any, like: Tensor, channels_last: bool, dtype: torch.dtyp
     """An uninitialised (N, C, H, W) tensor on the device of ``like``, and in its dtype, dense in a layout."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
+
+
+def absent(input: Tensor, dtype: torch.dtype) -> Tensor:
+    """What stands for an output that was not asked for: an empty tensor."""
+    return input.new_empty((0,), dtype=dtype)

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from sf_compile.ops import reference
 from sf_compile.ops.checks import require
+from sf_compile.ops.library import absent
 from sf_compile.subpixel import subpixel_weights
 
 if TYPE_CHECKING:
-    from sf_compile.ops.conv2d import Arguments
+    from sf_compile.ops.conv2d_arguments import Arguments
 
 WEIGHT_BOUND = 127
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
@@ -132,8 +133,6 @@ def convolved(a: Arguments, q: Tensor) -> Tensor:
 
 def composed(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op with its ``input_scale``, on any device: exact, and slow."""
-    from sf_compile.ops.conv2d import absent
-
     assert a.input_scale is not None
     z = reference.normalize(a.input, *a.norm, a.residual, dtype=torch.float32)
     q = quantized_input(z, a.input_scale, input_dtype(a.activation, a.residual is not None))

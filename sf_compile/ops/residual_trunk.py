@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from sf_compile.ops.checks import require
-from sf_compile.ops.conv2d import Arguments as Convolution
-from sf_compile.ops.conv2d import check, conv2d
+from sf_compile.ops.conv2d import conv2d
+from sf_compile.ops.conv2d_arguments import Arguments as Convolution
+from sf_compile.ops.conv2d_arguments import check
 from sf_compile.ops.library import CPU, CUDA, LIBRARY
 from sf_compile.precision import storage
 

@@ -5,7 +5,9 @@
 
 ``pictures`` says what a picture on the host is, ``conversion`` how its bytes become a network's input and
 the output bytes again, ``lanes`` has the buffers and the CUDA streams, ``lending`` says how results leave
-without a copy, ``stream`` has the threads and the order of things, ``timeline`` what happened when.
+without a copy, ``copier`` copies where one is needed. ``batches`` has what the two threads of a stream share:
+``reader`` is the one that fills batches from the source, ``stream`` the order of things in the caller's, and
+``results`` what it hands out. ``timeline`` says what happened when.
 """
 
 from sf_compile.pipeline.conversion import Convention

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from sf_compile.pipeline.batches import State
 from sf_compile.pipeline.conversion import Convention, Network
 from sf_compile.pipeline.lanes import Lanes
-from sf_compile.pipeline.stream import PictureStream, _State
+from sf_compile.pipeline.stream import PictureStream
 from sf_compile.pipeline.timeline import Timeline
 
 
@@ -98,4 +99,4 @@ class StylizePipeline:
             TypeError: ``source`` is not iterable.
         """
         timeline = Timeline(self.convention.device) if self._timeline else None
-        return PictureStream(_State(self._lanes, timeline=timeline, **self._settings), source)
+        return PictureStream(State(self._lanes, timeline=timeline, **self._settings), source)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sf_compile.runtime.calibration import Calibration, NotTelling
-from sf_compile.runtime.unchanged import Unchanged
+from sf_compile.runtime.unchanged import Forget, Unchanged
 
 _MOST_WEIGHTS = 8  # sets of them, of models that share a compiled graph
 _log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Calibrated:
         _log.log(level, "styleforge: int8: %s", calibration)
         for site, why in calibration.left.items():
             _log.debug("int8: %s stays in float16: %s", site, why)
-        made = _Settled(parameters, _Forget(self, key), self._prepare(calibration), calibration)
+        made = _Settled(parameters, Forget(self, key), self._prepare(calibration), calibration)
         self._settled[key] = made
         self._settled.move_to_end(key)
         while len(self._settled) > _MOST_WEIGHTS:
@@ -122,19 +122,6 @@ class Calibrated:
         if reason not in self._said:
             self._said.add(reason)
             _log.warning("styleforge: int8: computed in float16: %s", reason)
-
-
-class _Forget:
-    """Has what was settled forgotten when a parameter is gone; keeps nothing alive."""
-
-    def __init__(self, owner: Calibrated, key: int) -> None:
-        self._owner = weakref.ref(owner)
-        self._key = key
-
-    def __call__(self, _: Any) -> None:
-        owner = self._owner()
-        if owner is not None:
-            owner.forget(self._key)
 
 
 def _elsewhere(inputs: Sequence[Any]) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from sf_compile import ops
 from sf_compile.ops import quantization
-from sf_compile.ops.conv2d import Arguments
+from sf_compile.ops.conv2d_arguments import Arguments
 
 log = logging.getLogger(__name__)
 

@@ -15,80 +15,29 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sf_compile.runtime.unchanged import Unchanged
+from sf_compile.runtime.call_inputs import (
+    Inputs,
+    exactly,
+    flat,
+    is_number,
+    share_memory,
+    sorted_inputs,
+    times_written,
+)
+from sf_compile.runtime.graph_device import Device, Graph, NotCapturable
+from sf_compile.runtime.unchanged import Forget, Unchanged
 
 MOST_ATTEMPTS = 2
 """At capturing a kind of calls: another thread may have done what made the first one fail."""
 
 _UNCAPTURED = 64  # kinds of calls that are remembered beside those that have a graph
 _RESTLESS = 4  # changes of the weights in a row, without a replay between, that are worth a line
-_NUMBERS = (int, float, bool, type(None))
 _log = logging.getLogger(__name__)
-
-
-class NotCapturable(Exception):
-    """A call was not captured; the message says why. ``again`` says that the next one may be."""
-
-    def __init__(self, reason: str, again: bool = False) -> None:
-        super().__init__(reason)
-        self.again = again
-
-
-class Graph(Protocol):
-    """A captured call. Several threads may replay it at once, on any streams."""
-
-    bytes: int
-    """What it holds of the GPU's memory."""
-
-    def replay(self, inputs: Sequence[Tensor]) -> Any:
-        """What the call returns for other ``inputs``, in tensors of their own."""
-
-
-class Device(Protocol):
-    """Where calls run, and how they are captured."""
-
-    def refusal(self, tensors: Sequence[Tensor]) -> str | None:
-        """Why no call with these inputs can be captured; None where one may."""
-
-    def busy(self) -> bool:
-        """Whether this call is captured, traced or watched by others: then it just runs."""
-
-    def settings(self) -> tuple[Any, ...]:
-        """Settings of the process that what is captured depends on, and Dynamo's guards do not see."""
-
-    def current(self, tensor: Tensor) -> AbstractContextManager[Any]:
-        """Makes the device of ``tensor`` the current one."""
-
-    def memory(self, tensor: Tensor) -> int:
-        """Bytes of memory that its device has."""
-
-    def release(self) -> None:
-        """Give back memory that nobody uses: during a capture that cannot be done."""
-
-    def own(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors of the same sizes, strides and contents, for a graph to read."""
-
-    def capture(self, run: Callable[..., Any], inputs: Sequence[Any], own: Sequence[Tensor]) -> Graph:
-        """The graph of ``run(*inputs)``, of whose tensors ``own`` change from replay to replay.
-
-        Raises:
-            NotCapturable: there is none.
-            torch.OutOfMemoryError: there is no room for it.
-        """
-
-
-class _Inputs(NamedTuple):
-    """Which inputs are what, by number."""
-
-    fixed: tuple[int, ...]
-    moving: tuple[int, ...]
-    numbers: tuple[int, ...]
 
 
 class _Kind:
@@ -128,7 +77,7 @@ class Graphed:
         self._limit = limit
         self._share = share
         self._device = device
-        self._inputs: dict[tuple[type, ...], _Inputs | None] = {}
+        self._inputs: dict[tuple[type, ...], Inputs | None] = {}
         self._kinds: OrderedDict[tuple[Any, ...], _Kind] = OrderedDict()
         self._lock = threading.RLock()
         self._said: set[str] = set()
@@ -153,7 +102,7 @@ class Graphed:
         try:
             found = self._inputs[types]
         except KeyError:
-            found = self._inputs[types] = self._sorted(types)
+            found = self._inputs[types] = sorted_inputs(types, self._bound)
         if self._never is not None or self._device.busy():
             return self._run(*inputs)
         if found is None:
@@ -164,8 +113,8 @@ class Graphed:
         places = found.moving
         if not all(x.is_cuda for x in moving):
             # A number that Dynamo keeps in a tensor on the CPU is as good as the number itself.
-            numbers += [x.item() for x in moving if _is_number(x)]
-            places = tuple(i for i in places if not _is_number(inputs[i]))
+            numbers += [x.item() for x in moving if is_number(x)]
+            places = tuple(i for i in places if not is_number(inputs[i]))
             moving = [inputs[i] for i in places]
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*moving, *fixed)):
             return self._plainly("gradients are needed (call it under torch.no_grad())", inputs)
@@ -173,7 +122,7 @@ class Graphed:
         if not tensors:
             return self._run(*inputs)
         key = (
-            found, places, self._device.settings(), *map(_exactly, numbers),
+            found, places, self._device.settings(), *map(exactly, numbers),
             # Models may share a compiled graph, whose parameters then take turns: the first one tells them.
             id(fixed[0]) if fixed else 0,
             *((x.shape, x.stride(), x.dtype, x.device) for x in moving),
@@ -189,17 +138,6 @@ class Graphed:
                 return self._plainly(kind.refusal, inputs)
             return self._first_calls(key, kind, inputs, places)
 
-    def _sorted(self, types: Sequence[type]) -> _Inputs | None:
-        """The inputs by what they are; None where one is neither a plain tensor nor a number."""
-        fixed = [
-            i for i, one in enumerate(types)
-            if one is torch.nn.Parameter or (one is Tensor and i in self._bound)
-        ]  # fmt: skip
-        moving = [i for i, one in enumerate(types) if one is Tensor and i not in self._bound]
-        numbers = [i for i, one in enumerate(types) if one in _NUMBERS]
-        known = len(fixed) + len(moving) + len(numbers) == len(types) and bool(fixed or moving)
-        return _Inputs(tuple(fixed), tuple(moving), tuple(numbers)) if known else None
-
     def _kind(
         self, key: tuple[Any, ...], fixed: Sequence[Tensor], tensors: Sequence[Tensor]
     ) -> _Kind | None:
@@ -212,7 +150,7 @@ class Graphed:
                 if kind is not None:
                     self._changed()
                 # Of calls of a kind it is enough to ask the first: the others' tensors lie where its did.
-                kind = self._kinds[key] = _Kind(fixed, _Forget(self, key), self._device.refusal(tensors))
+                kind = self._kinds[key] = _Kind(fixed, Forget(self, key), self._device.refusal(tensors))
                 self._forget_the_oldest()
             elif kind.graph is not None:
                 self._changes = 0
@@ -242,9 +180,9 @@ class Graphed:
         if kind.attempts >= MOST_ATTEMPTS:
             return self._run(*inputs)
         if not kind.prepared:
-            written = [_times_written(inputs[i]) for i in places]
+            written = [times_written(inputs[i]) for i in places]
             results = self._run(*inputs)
-            if [_times_written(inputs[i]) for i in places] != written:
+            if [times_written(inputs[i]) for i in places] != written:
                 self._never = "it writes to its inputs"
                 self._say(self._never)
             kind.prepared = True
@@ -275,8 +213,8 @@ class Graphed:
             self._failed(kind, reason)
             own, arguments = [], []
             return self._run(*inputs)
-        tensors = [x for x in _flat(results) if isinstance(x, Tensor)]
-        if _share_memory(tensors, [x for x in arguments if isinstance(x, Tensor)]):
+        tensors = [x for x in flat(results) if isinstance(x, Tensor)]
+        if share_memory(tensors, [x for x in arguments if isinstance(x, Tensor)]):
             self._never = "it returns an input or a view of one, or two tensors of the same memory"
             self._say(self._never)
             return self._run(*inputs)
@@ -288,7 +226,7 @@ class Graphed:
         with self._lock:
             kind.graph = graph
             if self._kinds.get(key) is kind:
-                tensor = next(x for x in arguments if isinstance(x, Tensor) and not _is_number(x))
+                tensor = next(x for x in arguments if isinstance(x, Tensor) and not is_number(x))
                 self._make_room(kind, self._share * self._device.memory(tensor))
         _log.debug("captured a CUDA graph of %d bytes; there are %d", graph.bytes, self.graphs)
         return results
@@ -346,45 +284,3 @@ def cuda() -> Device:
     from sf_compile.cuda.capture import CudaDevice
 
     return CudaDevice()
-
-
-class _Forget:
-    """Has a kind of calls forgotten when one of its parameters is gone; keeps nothing alive."""
-
-    def __init__(self, owner: Graphed, key: tuple[Any, ...]) -> None:
-        self._owner = weakref.ref(owner)
-        self._key = key
-
-    def __call__(self, _: Any) -> None:
-        owner = self._owner()
-        if owner is not None:
-            owner.forget(self._key)
-
-
-def _is_number(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dim() == 0
-
-
-def _exactly(number: Any) -> Any:
-    """A number as a part of a key: 1, 1.0 and True differ, and so do 0.0 and -0.0."""
-    return (type(number), repr(number)) if isinstance(number, float | bool) else number
-
-
-def _times_written(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
-
-
-def _flat(results: Any) -> list[Any]:
-    """Results, which graphs return as a tuple or list of tensors and numbers, or as a single one."""
-    return list(results) if isinstance(results, tuple | list) else [results]
-
-
-def _share_memory(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
-    """Whether a result shares memory with an input, or with another result but itself."""
-    taken = {x.untyped_storage().data_ptr() for x in inputs if x.numel()}
-    for x in {id(x): x for x in results if x.numel()}.values():
-        at = x.untyped_storage().data_ptr()
-        if at in taken:
-            return True
-        taken.add(at)
-    return False

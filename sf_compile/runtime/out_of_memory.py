@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sf_compile.runtime.memory import Memory, predict
+from sf_compile.runtime.memory import Memory
+from sf_compile.runtime.memory_prediction import predict
 
 _GIBIBYTE = 2**30
 

@@ -6,7 +6,7 @@ import copy
 import operator
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,30 @@ class Unchanged:
         if _lie_at is not None:
             return bool(_lie_at(list(tensors), self._addresses, self._all))
         return list(map(Tensor.data_ptr, tensors)) == self._addresses
+
+
+class Forgetful(Protocol):
+    """Has something by key that holds for the same parameters alone."""
+
+    def forget(self, key: Any) -> None:
+        """Drop what is kept by ``key``."""
+
+
+class Forget:
+    """Has ``owner`` forget ``key`` when a tensor is gone that this is a weak reference's callback of.
+
+    Keeps nothing alive.
+    """
+
+    def __init__(self, owner: Forgetful, key: Any) -> None:
+        self._owner = weakref.ref(owner)
+        self._key = key
+
+    def __call__(self, _: Any) -> None:
+        """What a weak reference calls."""
+        owner = self._owner()
+        if owner is not None:
+            owner.forget(self._key)
 
 
 def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
