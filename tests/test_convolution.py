@@ -81,6 +81,23 @@ def test_planes_that_no_kernel_reads_are_turned_by_a_pass_before(choose):
     assert choice(arguments(input=planes, residual=None)) == (halo, True)  # which then is finished, too
 
 
+def test_planes_that_no_kernel_writes_are_made_by_a_pass_behind(choose, monkeypatch):
+    """Rather than by cuDNN between passes; what is kept has the layout of the result, and stays as it is."""
+    halo = kernel("halo.cu", lambda a: None if a.channels_last else "writes no planes")
+    halo.conv2d = lambda a: (torch.full((1, 16, 8, 8), 1.0 + a.channels_last), *torch.zeros(3, 1, 16))
+    choose(kernel("first.cu", lambda a: "no"), halo)
+    passes = []
+    monkeypatch.setattr(
+        convolution, "normalize", lambda x, norm, more, last, dtype: passes.append((last, dtype)) or x + 5
+    )
+    x = torch.randn(1, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    a = arguments(input=x, channels_last=False, residual=None, activation="none")
+    out, *_ = convolution.conv2d(a)
+    assert out.unique().tolist() == [7.0] and passes == [(False, torch.float32)]
+    assert convolution._as_kernels_write(a._replace(keep_input=True)) is None
+    assert convolution._as_kernels_write(a._replace(channels_last=True)) is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("norm", [False, True])
 def test_turned_planes_are_convolved(norm):
@@ -92,10 +109,13 @@ def test_turned_planes_are_convolved(norm):
     named = {"input": x, "weight": weight, "residual": None, "activation": "relu" if norm else "none"}
     a = arguments(**named)._replace(mean=mean if norm else None, variance=variance if norm else None)
     assert convolution.choice(a) == (halo_conv, True)
-    out, *_ = ops.conv2d(*a)
     z = F.instance_norm(x.double(), eps=a.eps).relu() if norm else x.double()
     exact = F.conv2d(F.pad(z, (1, 1, 1, 1), mode="reflect"), weight.double())
-    assert relative_error(out.double(), exact) < 1e-3
+    for channels_last in (True, False):
+        out, *_ = ops.conv2d(*a._replace(channels_last=channels_last))
+        format = torch.channels_last if channels_last else torch.contiguous_format
+        assert out.is_contiguous(memory_format=format)
+        assert relative_error(out.double(), exact) < 1e-3
 
 
 def wide(**changes: object) -> Arguments:

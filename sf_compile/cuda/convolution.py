@@ -158,6 +158,18 @@ def _chosen(a: Arguments, fitting: list[Any]) -> tuple[Any, bool]:
     return None, False
 
 
+def _as_kernels_write(a: Arguments) -> Arguments | None:
+    """``a`` but for its result's dtype or layout, which a pass then changes; None where that gains nothing.
+
+    Of what no kernel runs: one may in channels_last, where cuDNN would be called between passes as well.
+    """
+    if a.output_dtype != a.dtype:
+        return a._replace(out_dtype=None)
+    turned = a._replace(channels_last=True)
+    turns = not a.channels_last and not a.keep_input and choice(turned)[0] is not None
+    return turned if turns else None
+
+
 def described(kernel: Any, split: bool) -> str:
     """What ``choice`` returned, in words."""
     runs = "cuDNN between passes of ours" if kernel is None else str(kernel.SOURCE)
@@ -166,8 +178,8 @@ def described(kernel: Any, split: bool) -> str:
 
 def _explain(a: Arguments, kernel: Any, split: bool, refusals: list[tuple[Any, str | None]]) -> None:
     """One debug line for a convolution that was not seen before: what runs it, and why nothing else does."""
-    if not _log.isEnabledFor(logging.DEBUG):
-        return
+    if not _log.isEnabledFor(logging.DEBUG) or (kernel is None and _as_kernels_write(a) is not None):
+        return  # or another line says it
     reasons = "; ".join(f"not {other.SOURCE}: {reason}" for other, reason in refusals if reason)
     _log.debug(
         "%s of %s %s by %s: %s (%s)",
@@ -206,8 +218,8 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             return quantized_conv.conv2d(a)
         a = a._replace(input_scale=None)
     kernel, split = choice(a)
-    if kernel is None and a.output_dtype != a.dtype:
-        out, mean, variance, stored = conv2d(a._replace(out_dtype=None))
+    if kernel is None and (written := _as_kernels_write(a)) is not None:
+        out, mean, variance, stored = conv2d(written)
         dtype = statistics_dtype(a.output_dtype)
         out = normalize(out, _NO_NORM, None, a.channels_last, dtype=a.output_dtype)
         return out, mean.to(dtype), variance.to(dtype), stored
