@@ -161,7 +161,7 @@ def test_opcheck(text):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("text", FUNCTIONS)
-def test_kinks_nan_and_infinity_are_eagers(text, device):
+def test_kinks_nan_and_infinity_are_eagers(text, device, strict_float32):
     """Values, and gradients at the very bounds, of numbers that are not all finite."""
     special = [0.0, -0.0, 1.0, -1.0, 0.5, -0.25, 6.0, float("inf"), -float("inf"), float("nan"), -1e30, 88.0]
     x = torch.tensor(special, device=device).view(1, 1, 3, 4).requires_grad_()
