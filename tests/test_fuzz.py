@@ -65,7 +65,9 @@ def test_compiled_equals_eager():
 
 
 @pytest.mark.gpu
-def test_compiled_equals_eager_on_a_gpu(strict_float32):
+def test_compiled_equals_eager_on_a_gpu(strict_float32, monkeypatch):
+    # Else eager PyTorch's own transposed convolutions in float32 have other bits in every call.
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     compare("cuda", 1000)
 
 
