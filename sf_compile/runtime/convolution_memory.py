@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sf_compile import tf32
-from sf_compile.cuda.layout import is_channels_last
 from sf_compile.precision import storage
 
 _FIRST_LAYERS = 4  # channels of pictures whose planes a kernel reads
@@ -55,7 +54,8 @@ def finished_apart(convolution: Convolution) -> int:
     if a.get("input_scale") is not None:
         return int(x.numel())  # 8-bit integers, beside what is kept
     if convolution.fused:
-        turns = a["channels_last"] and not is_channels_last(x) and x.shape[1] > _FIRST_LAYERS
+        planes = x.shape[1] > _FIRST_LAYERS and not x.is_contiguous(memory_format=torch.channels_last)
+        turns = a["channels_last"] and planes
         apart = (a["residual"] is not None or turns) and not a["keep_input"]
         return x.numel() * convolution.dtype.itemsize if apart else 0
     left, right, top, bottom = (0, 0, 0, 0) if a["transposed"] else a["padding"]
