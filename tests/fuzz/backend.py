@@ -21,7 +21,7 @@ from sf_compile.options import Options
 class Compiled:
     """One graph that Dynamo handed over, what the backend made of it, and the ops that then ran.
 
-    ``strides`` are those that Dynamo recorded for its results, where they are numbers.
+    ``strides`` are those that Dynamo recorded for its results, of pictures of the first call's size.
     """
 
     decisions: list[tuple[str, str]]
@@ -60,8 +60,8 @@ class Backend:
         self.graphs.append(graph)
         recorded = (value_of(node) for node in gm.graph.output_node().all_input_nodes)
         for value in recorded:
-            if isinstance(value, Tensor) and all(type(step) is int for step in value.stride()):
-                graph.strides.add(value.stride())
+            if isinstance(value, Tensor):
+                graph.strides.add(tuple(map(_hint, value.stride())))
         first, second = (compile_graph(gm, example_inputs, self.options) for _ in range(2))
         if not graph.decisions:
             if first != gm.forward or getattr(first, "__self__", None) is not gm:
@@ -92,6 +92,11 @@ class Backend:
             return out
 
         return counted
+
+
+def _hint(step: Any) -> int:
+    """A stride; of a symbolic one what it was when the graph was captured, without a guard."""
+    return int(step.node.hint) if isinstance(step, torch.SymInt) else int(step)
 
 
 def _printed(gm: fx.GraphModule) -> str:
