@@ -178,11 +178,6 @@ def grouped(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, list[
     return gm, group(gm, runner)
 
 
-def rewritten_graph(analysis: Analysis, options: Options) -> tuple[fx.GraphModule, list[Region]]:
-    """The graph that replaces Dynamo's, made of the copy in ``analysis``, and its regions."""
-    return grouped(flat_graph(analysis), options)
-
-
 def _will_be_saved() -> bool:
     """Whether ``torch.compile(...).aot_compile(...)`` is asking: it wants a callable that it can save."""
     return bool(getattr(torch._functorch.config, "force_autograd_cache", False))

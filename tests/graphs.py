@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import sf_compile.ops  # noqa: F401  registers the ops that rewritten graphs call
-from sf_compile.backend import Analysis, analyse
+from sf_compile.backend import Analysis, analyse, flat_graph, grouped
+from sf_compile.graph.regions import Region
 from sf_compile.graph.rewrite import rewrite
 from sf_compile.options import Options
 
@@ -36,6 +37,11 @@ def named(graph: fx.Graph, name: str) -> fx.Node:
 def targets(graph: fx.Graph) -> list[Any]:
     """What the graph calls, in order."""
     return [node.target for node in graph.nodes if node.op.startswith("call")]
+
+
+def rewritten_graph(analysis: Analysis, options: Options) -> tuple[fx.GraphModule, list[Region]]:
+    """The graph that replaces Dynamo's, made of the copy in ``analysis``, and its regions."""
+    return grouped(flat_graph(analysis), options)
 
 
 def capture(

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
+from halo_layers import PLAIN, Layer
 from torch import Tensor
 
 from sf_compile.ops import quantization
 from sf_compile.ops.conv2d_arguments import Arguments
 
-
-class Layer(NamedTuple):
-    """One convolution between two instance norms."""
-
-    channels: int
-    out_channels: int
-    kernel: tuple[int, int] = (3, 3)
-    padding: tuple[int, int, int, int] = (1, 1, 1, 1)
-    mode: str = "reflect"
-    stride: int = 1
-    upsample: int = 1
-    activation: str = "relu"
-    residual: bool = False
-    keep: bool = False
-
-
-PLAIN = Layer(128, 128)
-SKIP = PLAIN._replace(activation="none", residual=True, keep=True)
-UP = Layer(128, 64, upsample=2, activation="none", residual=True)
+SKIP = PLAIN._replace(relu=False, residual=True, keep=True)
+UP = Layer(128, 64, upsample=2, relu=False, residual=True)
 
 CASES = (
     (PLAIN, (1, 37, 53), "height and width odd"),
@@ -42,14 +24,14 @@ CASES = (
     (SKIP, (3, 40, 70), "three images, ragged"),
     (SKIP._replace(mode="zeros"), (2, 19, 33), "zeros outside, which are exact"),
     (Layer(64, 64), (1, 41, 72), "one slot a tile"),
-    (Layer(64, 64, activation="none", residual=True, keep=True), (2, 19, 43), "64 channels, signed"),
+    (Layer(64, 64, relu=False, residual=True, keep=True), (2, 19, 43), "64 channels, signed"),
     (Layer(256, 256), (1, 24, 40), "four slots a tile, weights of 147 KB"),
     (Layer(48, 40, (5, 5), (2, 1, 0, 2), "replicate"), (1, 30, 50), "5x5, uneven padding"),
     (Layer(16, 24, (7, 7), (3, 2, 1, 3)), (1, 20, 45), "7x7, slots of 32 bytes"),
     (Layer(64, 128, stride=2), (1, 37, 53), "stride 2"),
     (Layer(64, 256, (1, 1), (0, 0, 0, 0)), (2, 21, 40), "1x1"),
     (UP, (1, 19, 27), "sub-pixel, a row block for each parity"),
-    (UP._replace(activation="relu", residual=False), (2, 16, 64), "sub-pixel, unsigned, whole tiles"),
+    (UP._replace(relu=True, residual=False), (2, 16, 64), "sub-pixel, unsigned, whole tiles"),
     (Layer(64, 32, upsample=2), (2, 19, 40), "sub-pixel, row blocks shared by two parities"),
     (Layer(32, 16, upsample=2, mode="zeros"), (1, 17, 33), "sub-pixel, a row block shared by four parities"),
 )
@@ -72,9 +54,10 @@ def made(
     variance, mean = torch.var_mean(x.float(), (2, 3), correction=0)
     gamma = (torch.rand(c, device=device) + 0.5).to(dtype)
     beta = (torch.randn(c, device=device) * 0.3).to(dtype)
-    integers = quantization.input_dtype(layer.activation, layer.residual)
+    activation = "relu" if layer.relu else "none"
+    integers = quantization.input_dtype(activation, layer.residual)
     return Arguments(
-        x, weight.to(dtype), None, mean, variance, gamma, beta, 1e-5, layer.activation,
+        x, weight.to(dtype), None, mean, variance, gamma, beta, 1e-5, activation,
         picture() if layer.residual else None, layer.upsample, list(layer.padding), layer.mode,
         [layer.stride] * 2, "none", True, layer.keep, True, False, "auto", None,
         4.0 / quantization.bound(integers),

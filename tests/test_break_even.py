@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import relative_error
+from graphs import rewritten_graph
 from networks import Net, block, reflect
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sf_compile
-from sf_compile.backend import analyse, break_even_of, capture_of, rewritten_graph, styleforge
+from sf_compile.backend import analyse, break_even_of, capture_of, styleforge
 from sf_compile.cpu.forms import is_winograd
 from sf_compile.graph.break_even import BreakEven
 from sf_compile.models import TransformerNet

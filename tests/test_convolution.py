@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import relative_error
+from halo_layers import check_picture, unit
 
 from sf_compile import ops
 from sf_compile.cuda import activation, convolution, halo_conv, hopper
@@ -51,7 +52,7 @@ def test_the_first_kernel_that_does_not_refuse_is_asked_once(choose):
     first, halo = kernel("first.cu", lambda a: "too many channels"), kernel("halo.cu", lambda a: None)
     choice = choose(first, halo)
     a = arguments()
-    assert choice(a) == (halo, False) == choice(a)
+    assert choice(a) == (halo, False, False) == choice(a)
     assert len(first.calls) == len(halo.calls) == 1
     choice(arguments(padding=[2, 2, 2, 2]))
     assert len(halo.calls) == 2
@@ -60,10 +61,10 @@ def test_the_first_kernel_that_does_not_refuse_is_asked_once(choose):
 def test_a_residual_that_does_not_fit_is_added_by_a_pass_before(choose):
     halo = kernel("halo.cu", lambda a: "no room" if a.residual is not None else None)
     choice = choose(kernel("first.cu", lambda a: "no"), halo)
-    assert choice(arguments()) == (halo, True)
-    assert choice(arguments(residual=None)) == (halo, False)
+    assert choice(arguments()) == (halo, True, False)
+    assert choice(arguments(residual=None)) == (halo, False, False)
     nothing = choose(kernel("first.cu", lambda a: "no"), kernel("halo.cu", lambda a: "no"))
-    assert nothing(arguments()) == (None, False)
+    assert nothing(arguments()) == (None, False, False)
 
 
 def test_planes_that_no_kernel_reads_are_turned_by_a_pass_before(choose):
@@ -75,10 +76,11 @@ def test_planes_that_no_kernel_reads_are_turned_by_a_pass_before(choose):
 
     choice = choose(kernel("first.cu", lambda a: "no"), halo := kernel("halo.cu", reads))
     plain = {"residual": None, "activation": "none"}
-    assert choice(arguments(input=planes, **plain)) == (halo, True)
-    assert choice(arguments(input=last, **plain)) == (halo, False)
-    assert choice(arguments(input=planes, channels_last=False, **plain)) == (None, False)
-    assert choice(arguments(input=planes, residual=None)) == (halo, True)  # which then is finished, too
+    assert choice(arguments(input=planes, **plain)) == (halo, True, False)
+    assert choice(arguments(input=last, **plain)) == (halo, False, False)
+    assert choice(arguments(input=planes, channels_last=False, **plain)) == (halo, True, True)
+    # With an activation on the way in the same pass finishes it.
+    assert choice(arguments(input=planes, residual=None)) == (halo, True, False)
 
 
 def test_planes_that_no_kernel_writes_are_made_by_a_pass_behind(choose, monkeypatch):
@@ -94,8 +96,9 @@ def test_planes_that_no_kernel_writes_are_made_by_a_pass_behind(choose, monkeypa
     a = arguments(input=x, channels_last=False, residual=None, activation="none")
     out, *_ = convolution.conv2d(a)
     assert out.unique().tolist() == [7.0] and passes == [(False, torch.float32)]
-    assert convolution._as_kernels_write(a._replace(keep_input=True)) is None
-    assert convolution._as_kernels_write(a._replace(channels_last=True)) is None
+    assert convolution.choice(a) == (halo, False, True)
+    assert str(convolution.choice(a)) == "halo.cu, then a pass that changes its result"
+    assert convolution.choice(a._replace(keep_input=True)) == (None, False, False)
 
 
 @pytest.mark.gpu
@@ -108,13 +111,17 @@ def test_turned_planes_are_convolved(norm):
     variance, mean = torch.var_mean(x.float(), (2, 3), correction=0)
     named = {"input": x, "weight": weight, "residual": None, "activation": "relu" if norm else "none"}
     a = arguments(**named)._replace(mean=mean if norm else None, variance=variance if norm else None)
-    assert convolution.choice(a) == (halo_conv, True)
     z = F.instance_norm(x.double(), eps=a.eps).relu() if norm else x.double()
     exact = F.conv2d(F.pad(z, (1, 1, 1, 1), mode="reflect"), weight.double())
+    rounded = F.instance_norm(x, eps=a.eps).relu() if norm else x
+    eager = F.conv2d(F.pad(rounded, (1, 1, 1, 1), mode="reflect"), weight)
     for channels_last in (True, False):
-        out, *_ = ops.conv2d(*a._replace(channels_last=channels_last))
+        b = a._replace(channels_last=channels_last)
+        assert convolution.choice(b) == (halo_conv, True, not channels_last)
+        out, *_ = ops.conv2d(*b)
         format = torch.channels_last if channels_last else torch.contiguous_format
         assert out.is_contiguous(memory_format=format)
+        check_picture(out, eager, exact, unit(out.dtype))
         assert relative_error(out.double(), exact) < 1e-3
 
 
@@ -128,37 +135,37 @@ def wide(**changes: object) -> Arguments:
 def test_a_picture_of_another_dtype_is_read_by_a_kernel_that_can_or_cast_by_a_pass(choose, monkeypatch):
     first, halo = kernel("first.cu", lambda a: None), kernel("halo.cu", lambda a: None)
     choice = choose(first, halo)
-    assert choice(wide()) == (first, True)  # a pass before it
+    assert choice(wide()) == (first, True, False)  # a pass before it
     assert [(a.input.dtype, a.dtype) for a in first.calls] == [(torch.float16, torch.float16)]
     monkeypatch.setattr(convolution, "_READING", (halo,))
     choice = choose(first, halo)
-    assert choice(wide()) == (halo, False)
-    assert choice(wide(input=torch.randn(1, 16, 8, 8).half())) == (first, False)
+    assert choice(wide()) == (halo, False, False)
+    assert choice(wide(input=torch.randn(1, 16, 8, 8).half())) == (first, False, False)
 
 
 def test_a_result_of_another_dtype_is_written_by_a_kernel_that_can(choose, monkeypatch):
     first, halo = kernel("first.cu", lambda a: None), kernel("halo.cu", lambda a: None)
     half = torch.randn(1, 16, 8, 8).half()
-    for writing, found in (((), (None, False)), ((halo,), (halo, False))):
+    for writing, found in (((), (first, False, True)), ((halo,), (halo, False, False))):
         choice = choose(first, halo)
         monkeypatch.setattr(convolution, "_WRITING", writing)
         assert choice(wide(input=half, out_dtype=torch.float32)) == found
-        assert choice(wide(input=half, out_dtype=torch.float16)) == (first, False)
+        assert choice(wide(input=half, out_dtype=torch.float16)) == (first, False, False)
 
 
 def test_a_residual_of_another_dtype_is_added_by_a_pass(choose):
     first = kernel("first.cu", lambda a: None)
     choice = choose(first, kernel("halo.cu", lambda a: "no"))
     half = torch.randn(1, 16, 8, 8).half()
-    assert choice(wide(input=half, residual=torch.randn(1, 16, 8, 8))) == (first, True)
-    assert choice(wide(input=half, residual=half)) == (first, False)
+    assert choice(wide(input=half, residual=torch.randn(1, 16, 8, 8))) == (first, True, False)
+    assert choice(wide(input=half, residual=half)) == (first, False, False)
 
 
 def test_an_activation_that_costs_too_much_is_applied_by_a_pass_before_any_kernel(choose):
     first = kernel("first.cu", lambda a: "tanh" if a.activation == "tanh" else None)
     choice = choose(first, kernel("halo.cu", lambda a: "no"))
-    assert choice(arguments(activation="tanh")) == (first, True)
-    assert choice(arguments(activation="relu")) == (first, False)
+    assert choice(arguments(activation="tanh")) == (first, True, False)
+    assert choice(arguments(activation="relu")) == (first, False, False)
 
 
 @pytest.mark.parametrize(
@@ -210,9 +217,9 @@ def test_the_general_kernel_takes_what_no_other_does_where_it_is_preferred(choos
     monkeypatch.setattr(convolution, "halo_conv", halo)
     monkeypatch.setattr(convolution, "mma_conv", mma)
     mma.prefers = lambda a: a.weight.shape[2] < 5
-    assert choice(arguments(residual=None)) == (halo, False)
-    assert choice(arguments()) == (halo, True), "a pass and a kernel made for the layer"
+    assert choice(arguments(residual=None)) == (halo, False, False)
+    assert choice(arguments()) == (halo, True, False), "a pass and a kernel made for the layer"
     halo.refusal = lambda a: "no"
-    assert choice(arguments(stride=[3, 3])) == (mma, False)
-    assert choice(arguments(stride=[3, 3], keep_input=True)) == (mma, True)
-    assert choice(arguments(weight=torch.randn(16, 16, 5, 5))) == (None, False)
+    assert choice(arguments(stride=[3, 3])) == (mma, False, False)
+    assert choice(arguments(stride=[3, 3], keep_input=True)) == (mma, True, False)
+    assert choice(arguments(weight=torch.randn(16, 16, 5, 5))) == (None, False, False)

@@ -68,11 +68,11 @@ def test_float32_in_tf32(layer, size):
 def test_float32_where_tf32_is_forbidden(layer, monkeypatch):
     a = made(layer, (2, 37, 53), torch.float32)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert "TF32" in halo_conv.refusal(a) and convolution.choice(a) == (None, False)
+    assert "TF32" in halo_conv.refusal(a) and convolution.choice(a) == (None, False, False)
     exact, eager = (steps(a, dtype)[0] for dtype in (torch.float64, torch.float32))
     assert relative_error(ops.conv2d(*a)[0], exact) <= 1.25 * relative_error(eager, exact)
     monkeypatch.undo()
-    assert convolution.choice(a) == (halo_conv, False)
+    assert convolution.choice(a) == (halo_conv, False, False)
 
 
 def test_the_fused_kernel_is_what_runs():

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import relative_error
-from graphs import capture, found, fuse
+from graphs import capture, found, fuse, rewritten_graph
 from norm_spellings import SPELLINGS, exact
 from torch import Tensor, nn
 
-from sf_compile.backend import analyse, rewritten_graph
+from sf_compile.backend import analyse
 from sf_compile.options import Options
 
 SMALL = (2, 4, 3, 3)  # n / (n - 1) is 1.125

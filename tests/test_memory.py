@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import rewritten_graph
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import sf_compile
-from sf_compile.backend import analyse, rewritten_graph, styleforge
+from sf_compile.backend import analyse, styleforge
 from sf_compile.graph.capturable import bound
 from sf_compile.models import TransformerNet
 from sf_compile.options import Options

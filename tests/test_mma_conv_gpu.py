@@ -115,7 +115,7 @@ def test_the_op_runs_this_kernel_where_it_is_the_only_one(layer, monkeypatch):
     monkeypatch.setattr(convolution, "_choices", {})
     a = made(layer, (1, 37, 53))
     a = a._replace(weight=torch.nn.Parameter(a.weight, requires_grad=False))
-    assert convolution.choice(a) == (mma_conv, False)
+    assert convolution.choice(a) == (mma_conv, False, False)
     expected = ops.conv2d(*a)
     with Recorder() as recorder:  # which an op tells of itself where a region calls it
         results = convolution.conv2d(a)
@@ -128,7 +128,7 @@ def test_a_kept_input_before_a_stride_takes_a_pass_of_its_own(monkeypatch):
     monkeypatch.setattr(convolution, "_KERNELS", (mma_conv,))
     monkeypatch.setattr(convolution, "_choices", {})
     a = made(HALVING, (2, 37, 53))._replace(keep_input=True)
-    assert convolution.choice(a) == (mma_conv, True)
+    assert convolution.choice(a) == (mma_conv, True, False)
     out, mean, variance, kept = ops.conv2d(*a)
     plain = mma_conv.conv2d(a._replace(keep_input=False))
     assert equal((out, mean, variance), plain[:3])

@@ -85,7 +85,7 @@ def test_the_first_convolution_reads_a_float32_picture(precision, layout, channe
     x = (torch.rand(2, channels, 37, 53, device="cuda") * 255).contiguous(memory_format=layout)
     weight, bias = parameter(out, channels, kernel, kernel), parameter(out)
     a = convolve(x, weight, bias, precision, statistics=True, output_activation="relu")
-    assert convolution.choice(convolution._in_precision(a)) == (first_conv, False)
+    assert convolution.choice(convolution._in_precision(a)) == (first_conv, False, False)
     ours = convolution.conv2d(a)
     same = convolution.conv2d(
         a._replace(input=x.to(dtype), weight=weight.to(dtype), bias=bias.to(dtype), precision="auto")
@@ -108,7 +108,7 @@ def test_the_last_convolution_writes_a_float32_picture(precision, channels_last,
         norm_bias=parameter(channels), eps=1e-5, activation="relu", channels_last=channels_last,
         out_dtype=torch.float32,
     )  # fmt: skip
-    assert convolution.choice(convolution._in_precision(a)) == (last_conv, False)
+    assert convolution.choice(convolution._in_precision(a)) == (last_conv, False, False)
     (ours, *_), (rounded, *_) = convolution.conv2d(a), convolution.conv2d(a._replace(out_dtype=None))
     assert ours.dtype == torch.float32 and ours.stride() == rounded.stride()
     assert torch.equal(ours.to(dtype), rounded)

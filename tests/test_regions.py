@@ -6,12 +6,12 @@ import logging
 
 import pytest
 import torch
-from graphs import capture, named
+from graphs import capture, named, rewritten_graph
 from networks import Net, reflect
 from torch import fx, nn
 
 import sf_compile
-from sf_compile.backend import rewritten_graph, styleforge
+from sf_compile.backend import styleforge
 from sf_compile.graph.regions import Region, group
 from sf_compile.models import TransformerNet
 from sf_compile.options import Options

@@ -72,7 +72,7 @@ def test_bfloat16(layer, size):
 def test_the_fused_kernel_is_what_runs():
     for layer in (THREE, FOUR, SMALL):
         a = made(layer, (1, 16, 32))
-        assert convolution.choice(a) == (halo_conv, False)
+        assert convolution.choice(a) == (halo_conv, False, False)
         run(a)
         constants = tuple(sorted(halo_conv._variant(fused(a)).constants().items()))
         assert any(k.key.source == halo_conv.SOURCE and k.key.constants == constants for k in loaded())

@@ -220,8 +220,8 @@ def test_what_the_kernel_takes():
 @pytest.mark.usefixtures("as_on_hopper")
 def test_kernels_that_do_not_transpose_are_not_asked():
     """The others of the family refuse nothing here."""
-    assert convolution.choice(arguments()) == (halo_conv, False)
-    assert convolution.choice(arguments(padding=[0, 2, 0, 2])) == (None, False)
+    assert convolution.choice(arguments()) == (halo_conv, False, False)
+    assert convolution.choice(arguments(padding=[0, 2, 0, 2])) == (None, False, False)
     plain = arguments(padding_mode="reflect", transposed=False, stride=[1, 1])
     assert convolution.choice(plain)[0] is last_conv
 

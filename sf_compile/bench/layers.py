@@ -220,9 +220,9 @@ def _fastest_algorithm() -> Iterator[None]:
 
 def _runs_subpixel(a: Arguments) -> bool:
     """Whether a fused kernel runs `a` as the four small convolutions that it equals."""
-    return a.upsample == 2 and a.input.is_cuda and convolution.choice(a)[0] is halo_conv
+    return a.upsample == 2 and a.input.is_cuda and convolution.choice(a).kernel is halo_conv
 
 
 def _kernel_of(a: Arguments) -> str | None:
     """What runs `a` on a GPU, in words; None on a CPU."""
-    return convolution.described(*convolution.choice(a)) if a.input.is_cuda else None
+    return str(convolution.choice(a)) if a.input.is_cuda else None

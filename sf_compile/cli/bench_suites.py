@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,11 @@ def _budget(arguments: argparse.Namespace) -> Budget:
     return Budget(seconds=arguments.seconds or 0.1, rounds=5, pause=0.02)
 
 
+def _sizes(arguments: argparse.Namespace, device: torch.device, suite: Any) -> Any:
+    """The pictures that were asked for, else those of ``suite`` for such a device."""
+    return arguments.sizes or (suite.GPU_SIZES if device.type == "cuda" else suite.CPU_SIZES)
+
+
 def _network(
     arguments: argparse.Namespace, device: torch.device, dtypes: Sequence[torch.dtype], keep: Keep
 ) -> list[Row]:
@@ -74,7 +79,7 @@ def _network(
     else:
         raise BenchmarkError("--checkpoint has a width and blocks of its own: leave out --width and --blocks")
     return network.run_network(
-        arguments.sizes or (network.GPU_SIZES if device.type == "cuda" else network.CPU_SIZES),
+        _sizes(arguments, device, network),
         dtypes,
         of_precision(network.select_peers(arguments.peers, device, _log), arguments.precision or "auto"),
         device,
@@ -93,7 +98,7 @@ def _layers(
     from sf_compile.bench import layers
 
     return layers.run_layers(
-        arguments.sizes or (layers.GPU_SIZES if device.type == "cuda" else layers.CPU_SIZES),
+        _sizes(arguments, device, layers),
         dtypes,
         layers.select_peers(arguments.peers),
         device,
@@ -110,10 +115,10 @@ def _instance_norm(
 ) -> list[Row]:
     from sf_compile.bench import instance_norm
 
-    on_gpu = device.type == "cuda"
-    sizes = arguments.sizes or (instance_norm.GPU_SIZES if on_gpu else instance_norm.CPU_SIZES)
     return instance_norm.run_instance_norm(
-        instance_norm.shapes_of(sizes, target=on_gpu and arguments.sizes is None),
+        instance_norm.shapes_of(
+            _sizes(arguments, device, instance_norm), target=device.type == "cuda" and arguments.sizes is None
+        ),
         dtypes,
         instance_norm.select_operations(arguments.peers, device, _log),
         device,
@@ -130,7 +135,7 @@ def _pipeline(
     from sf_compile.bench import pipeline
 
     return pipeline.run_pipeline(
-        arguments.sizes or (pipeline.GPU_SIZES if device.type == "cuda" else pipeline.CPU_SIZES),
+        _sizes(arguments, device, pipeline),
         dtypes,
         pipeline.select_peers(arguments.peers, device, _log),
         device,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,11 +48,30 @@ def _finished(a: Arguments, z: Tensor) -> Arguments:
     )  # fmt: skip
 
 
+class Choice(NamedTuple):
+    """What runs a convolution.
+
+    Attributes:
+        kernel: The module of the fused kernel; None: cuDNN, between passes of ours.
+        before: Whether a pass before it finishes the input, or turns its planes.
+        behind: Whether a pass behind it makes of its result the dtype, or the planes, that were asked for.
+    """
+
+    kernel: Any
+    before: bool = False
+    behind: bool = False
+
+    def __str__(self) -> str:
+        runs = "cuDNN between passes of ours" if self.kernel is None else str(self.kernel.SOURCE)
+        before = "a pass that finishes the input, then " if self.before else ""
+        return f"{before}{runs}{', then a pass that changes its result' if self.behind else ''}"
+
+
 _KERNELS: tuple[Any, ...] = (last_conv, first_conv, halo_conv, mma_conv)
 _TRANSPOSING = (halo_conv,)
 _READING = (first_conv,)  # pictures of another dtype than they compute in
 _WRITING = (last_conv,)
-_choices: dict[tuple[Any, ...], tuple[Any, bool]] = {}
+_choices: dict[tuple[Any, ...], Choice] = {}
 _refusals: dict[tuple[Any, ...], str | None] = {}
 
 
@@ -101,8 +120,8 @@ def _convolved(
     return torch.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
 
 
-def choice(a: Arguments) -> tuple[Any, bool]:
-    """The module of the fused kernel that runs ``a``, or None; whether a pass before it finishes the input.
+def choice(a: Arguments) -> Choice:
+    """What runs ``a``.
 
     What the kernels look at is looked at once for each key: three of them in front of sixteen convolutions a
     picture would cost more than launching them.
@@ -114,7 +133,7 @@ def choice(a: Arguments) -> tuple[Any, bool]:
         if len(_choices) >= _MOST_CHOICES:
             _choices.clear()
         found = _choices[key] = _chosen(a, [kernel for kernel, refusal in refusals if refusal is None])
-        _explain(a, *found, refusals)
+        _explain(a, found, refusals)
     return found
 
 
@@ -136,10 +155,10 @@ def quantized_refusal(a: Arguments) -> str | None:
     return _refusals[key]
 
 
-def _chosen(a: Arguments, fitting: list[Any]) -> tuple[Any, bool]:
+def _chosen(a: Arguments, fitting: list[Any]) -> Choice:
     """What ``choice`` returns, of those among ``_kernels(a)`` that do not refuse ``a``."""
     if fitting and fitting[0] is not mma_conv:
-        return fitting[0], False
+        return Choice(fitting[0])
     # A pass in front finishes in channels_last, and what is kept has the layout of the output.
     casts = a.input.dtype != a.dtype
     turns = a.channels_last and not is_channels_last(a.input)
@@ -149,42 +168,37 @@ def _chosen(a: Arguments, fitting: list[Any]) -> tuple[Any, bool]:
     finished = _finished(a, z)
     for kernel in _kernels(a) if passes else ():
         if kernel is not mma_conv and _refusal(kernel, finished) is None:
-            return kernel, True
+            return Choice(kernel, before=True)
     if mma_conv in _kernels(a) and mma_conv.prefers(a):
         if fitting:
-            return mma_conv, False
+            return Choice(mma_conv)
         if passes and _refusal(mma_conv, finished) is None:
-            return mma_conv, True
-    return None, False
+            return Choice(mma_conv, before=True)
+    written = _as_kernels_write(a)
+    return Choice(None) if written is None else choice(written)._replace(behind=True)
 
 
 def _as_kernels_write(a: Arguments) -> Arguments | None:
-    """``a`` but for its result's dtype or layout, which a pass then changes; None where that gains nothing.
+    """``a``, which no kernel runs, but for its result's dtype or layout; None where that gains nothing.
 
-    Of what no kernel runs: one may in channels_last, where cuDNN would be called between passes as well.
+    In channels_last a kernel may run it, where cuDNN would be called between passes as well.
     """
     if a.output_dtype != a.dtype:
         return a._replace(out_dtype=None)
     turned = a._replace(channels_last=True)
-    turns = not a.channels_last and not a.keep_input and choice(turned)[0] is not None
+    turns = not a.channels_last and not a.keep_input and choice(turned).kernel is not None
     return turned if turns else None
 
 
-def described(kernel: Any, split: bool) -> str:
-    """What ``choice`` returned, in words."""
-    runs = "cuDNN between passes of ours" if kernel is None else str(kernel.SOURCE)
-    return f"a pass that finishes the input, then {runs}" if split else runs
-
-
-def _explain(a: Arguments, kernel: Any, split: bool, refusals: list[tuple[Any, str | None]]) -> None:
+def _explain(a: Arguments, found: Choice, refusals: list[tuple[Any, str | None]]) -> None:
     """One debug line for a convolution that was not seen before: what runs it, and why nothing else does."""
-    if not _log.isEnabledFor(logging.DEBUG) or (kernel is None and _as_kernels_write(a) is not None):
-        return  # or another line says it
+    if not _log.isEnabledFor(logging.DEBUG):
+        return
     reasons = "; ".join(f"not {other.SOURCE}: {reason}" for other, reason in refusals if reason)
     _log.debug(
         "%s of %s %s by %s: %s (%s)",
         "transposed conv2d" if a.transposed else "conv2d",
-        a.input.dtype, tuple(a.input.shape), tuple(a.weight.shape), described(kernel, split),
+        a.input.dtype, tuple(a.input.shape), tuple(a.weight.shape), found,
         reasons or "its first choice",
     )  # fmt: skip
 
@@ -217,13 +231,15 @@ def conv2d(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if quantized_refusal(a) is None:
             return quantized_conv.conv2d(a)
         a = a._replace(input_scale=None)
-    kernel, split = choice(a)
-    if kernel is None and (written := _as_kernels_write(a)) is not None:
+    kernel, before, behind = choice(a)
+    if behind:
+        written = _as_kernels_write(a)
+        assert written is not None
         out, mean, variance, stored = conv2d(written)
         dtype = statistics_dtype(a.output_dtype)
         out = normalize(out, _NO_NORM, None, a.channels_last, dtype=a.output_dtype)
         return out, mean.to(dtype), variance.to(dtype), stored
-    if split:
+    if before:
         z, _ = apply(a.input, a.norm, a.residual, 1, (0, 0, 0, 0), "zeros", True, dtype=a.dtype)
         out, mean, variance, none = kernel.conv2d(_finished(a, z))
         return out, mean, variance, z if a.keep_input else none

@@ -33,8 +33,8 @@ SHARED_BYTES = {
 """Shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications")."""
 
 _SIGNATURE = "PPP" + hopper.NORM_SIGNATURE + "PPP" + hopper.SUMS_SIGNATURE + "qqd" + "iiiiiiiiiii"
-# Products of a sum from which cuDNN's kernels gain more than passes around them cost. On compute capability
-# 9.0 those of up to 3x3 taps multiply by wgmma, faster than any mma.sync.
+# Products of a sum from which cuDNN's kernels are taken to gain more than passes around them cost: sooner on
+# compute capability 9.0, whose kernels of up to 3x3 taps need not multiply by mma.sync.
 _DEEP, _DEEP_ON_HOPPER = 4608, 1152
 _WIDE = 64  # channels that fill their tiles
 _MOST = 1 << 30  # of what the kernel counts in 32 bits, and doubles

@@ -98,10 +98,15 @@ def check_residual(op: str, input: Tensor, residual: Tensor | None, converts: bo
         lambda: f"styleforge::{op}: residual {tuple(residual.shape)} must have the input's shape "
         f"{tuple(input.shape)}",
     )
+    check_alike(op, "residual", residual, input, converts)
+
+
+def check_alike(op: str, name: str, operand: Tensor, input: Tensor, converts: bool = False) -> None:
+    """``operand`` must have the dtype of ``input``, unless the op ``converts`` it, and its device."""
     require(
-        (residual.dtype == input.dtype or (converts and residual.dtype in FLOATING))
-        and residual.device == input.device,
-        lambda: f"styleforge::{op}: residual is {residual.dtype} on {residual.device}, the input "
+        (operand.dtype == input.dtype or (converts and operand.dtype in FLOATING))
+        and operand.device == input.device,
+        lambda: f"styleforge::{op}: {name} is {operand.dtype} on {operand.device}, the input "
         f"{input.dtype} on {input.device}",
     )
 

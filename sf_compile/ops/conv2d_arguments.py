@@ -15,6 +15,7 @@ from sf_compile.ops.checks import (
     FLOATING,
     PADDING_MODES,
     check_activation,
+    check_alike,
     check_choice,
     check_dtype,
     check_image,
@@ -102,12 +103,7 @@ def check(a: Arguments) -> tuple[Any, Any]:
         f"{f'({input.shape[1]}, out' if a.transposed else f'(out, {input.shape[1]}'}, kh, kw), got "
         f"{tuple(weight.shape)}",
     )
-    require(
-        (weight.dtype == input.dtype or (converts and weight.dtype in FLOATING))
-        and weight.device == input.device,
-        lambda: f"styleforge::conv2d: weight is {weight.dtype} on {weight.device}, the input "
-        f"{input.dtype} on {input.device}",
-    )
+    check_alike("conv2d", "weight", weight, input, converts)
     if bias is not None:
         require(
             bias.dim() == 1 and bias.shape[0] == a.out_channels,

@@ -28,13 +28,10 @@ Run = Callable[..., Any]
 class _Settled:
     """What was settled for parameters, while they are as they were."""
 
-    def __init__(
-        self, parameters: Sequence[Tensor], forget: Callable[[Any], None], run: Run, calibration: Calibration
-    ) -> None:
+    def __init__(self, parameters: Sequence[Tensor], forget: Callable[[Any], None], run: Run) -> None:
         self.unchanged = Unchanged(parameters)
         self.references = [weakref.ref(p, forget) for p in parameters]
         self.run = run
-        self.calibration = calibration
 
 
 class Calibrated:
@@ -102,7 +99,7 @@ class Calibrated:
         _log.log(level, "styleforge: int8: %s", calibration)
         for site, why in calibration.left.items():
             _log.debug("int8: %s stays in float16: %s", site, why)
-        made = _Settled(parameters, Forget(self, key), self._prepare(calibration), calibration)
+        made = _Settled(parameters, Forget(self, key), self._prepare(calibration))
         self._settled[key] = made
         self._settled.move_to_end(key)
         while len(self._settled) > _MOST_WEIGHTS:
