@@ -106,8 +106,8 @@ def test_planes_that_no_kernel_writes_are_made_by_a_pass_behind(choose, monkeypa
 def test_turned_planes_are_convolved(norm):
     if not hopper.available(0):
         pytest.skip("elsewhere than on compute capability 9.0 the general kernel reads planes")
-    x = torch.randn(2, 64, 19, 33, device="cuda").half()
-    weight = (torch.randn(32, 64, 3, 3, device="cuda") / 24).half()
+    x = torch.randn(2, 128, 19, 33, device="cuda").half()
+    weight = (torch.randn(64, 128, 3, 3, device="cuda") / 34).half()
     variance, mean = torch.var_mean(x.float(), (2, 3), correction=0)
     named = {"input": x, "weight": weight, "residual": None, "activation": "relu" if norm else "none"}
     a = arguments(**named)._replace(mean=mean if norm else None, variance=variance if norm else None)

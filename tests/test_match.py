@@ -187,6 +187,39 @@ def test_graph_built_by_hand(symbolic):
     assert match(normalize(gm)).sites == ()  # nothing is known of its tensors
 
 
+# The regions around a convolution, as (device, enabled), and whether it is multiplied at all.
+REGIONS = [
+    ((), False),
+    ((("cpu", True),), True),
+    ((("cuda", True),), False),
+    ((("cpu", True), ("cuda", False)), True),
+    ((("cpu", True), ("cpu", False)), False),
+]
+
+
+@pytest.mark.parametrize(("regions", "multiplied"), REGIONS)
+def test_what_only_autocast_brings_to_one_dtype(regions, multiplied):
+    """A shape may be recorded of a convolution that eager refuses, as PyTorch 2.11 does for a GPU's."""
+    graph = fx.Graph()
+    x, w = graph.placeholder("x"), graph.placeholder("w")
+    modes = [
+        graph.call_function(torch.amp.autocast_mode._enter_autocast, (device, torch.bfloat16, on, None))
+        for device, on in regions
+    ]
+    padded = graph.call_function(F.pad, (x, (1, 1, 1, 1)), {"mode": "reflect"})
+    y = graph.call_function(F.conv2d, (padded, w))
+    for mode in reversed(modes):
+        graph.call_function(torch.amp.autocast_mode._exit_autocast, (mode,))
+    graph.output(y)
+    x.meta["example_value"] = y.meta["example_value"] = torch.empty(SHAPE, dtype=torch.bfloat16)
+    padded.meta["example_value"] = torch.empty(2, 4, 14, 12, dtype=torch.bfloat16)
+    w.meta["example_value"] = torch.empty(4, 4, 3, 3, dtype=torch.float16)
+    matches = match(normalize(fx.GraphModule({}, graph)))
+    assert [site.pattern for site in matches.sites] == (["pad+conv"] if multiplied else [])
+    reason = "convolution that mixes dtypes outside of autocast: torch.bfloat16, torch.float16"
+    assert (reason in [miss.reason for miss in matches.misses]) is not multiplied
+
+
 PICTURE, VECTOR, WEIGHT = torch.empty(SHAPE), torch.empty(4), torch.empty(4, 4, 3, 3)
 TWICE = torch.empty(2, 4, 24, 20)
 AS_IS = ((1, 1), (0, 0), (1, 1), 1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from sf_compile.graph.normalize import NormalizedGraph, writes
+from sf_compile.graph.normalize import NormalizedGraph, writes, written
 from sf_compile.graph.spelling import FRESH
 from sf_compile.graph.values import value_of
 
@@ -44,7 +44,7 @@ def refusal(graph: NormalizedGraph) -> str | None:
         name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
         if node.op.startswith("call") and name in _WAITS:
             return f"{node.name} waits for the GPU"
-        if writes(node) and _may_be_input(_written(node)):
+        if writes(node) and _may_be_input(written(node)):
             return f"{node.name} may write to an input"
     if len(devices) > 1:
         places = ", ".join(f"{name} on {device}" for device, name in devices.items())
@@ -87,15 +87,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list):
         for one in value:
             yield from _tensors(one)
-
-
-def _written(node: fx.Node) -> fx.Node | None:
-    """What a node that writes writes to: what its ``out`` is, or its first argument."""
-    out = node.kwargs.get("out")
-    if isinstance(out, fx.Node):
-        return out
-    inputs = node.all_input_nodes
-    return inputs[0] if inputs else None
 
 
 def _may_be_input(node: fx.Node | None) -> bool:

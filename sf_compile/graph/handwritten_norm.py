@@ -10,7 +10,7 @@ looks like a norm and is none is left alone, with the reason.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import torch
 from torch import fx
@@ -26,7 +26,7 @@ from sf_compile.graph.walls import Walls
 log = logging.getLogger(__name__)
 
 
-def gather(graph: fx.Graph, barriers: Sequence[fx.Node], autocast: frozenset[str]) -> list[Miss]:
+def gather(graph: fx.Graph, barriers: Sequence[fx.Node], autocast: Container[str]) -> list[Miss]:
     """Put every hand-written norm of ``graph`` into one node; returns what was left alone, and why.
 
     ``barriers`` are the nodes that write in place or switch a mode, ``autocast`` the names of the nodes
@@ -52,7 +52,7 @@ def gather(graph: fx.Graph, barriers: Sequence[fx.Node], autocast: frozenset[str
     return misses
 
 
-def _refusal(norm: NormForm, affine: Affine, walls: Walls, autocast: frozenset[str]) -> str | None:
+def _refusal(norm: NormForm, affine: Affine, walls: Walls, autocast: Container[str]) -> str | None:
     """Why a norm that was found is left as it is; None where it is not."""
     inside = {*norm.nodes, *affine.nodes}
     end = affine.end

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sf_compile.graph import crops, patterns, spelling
+from sf_compile.graph import crops, patterns, safety, spelling
 from sf_compile.graph.norm_patterns import NORMS
 from sf_compile.graph.normalize import NormalizedGraph
 from sf_compile.graph.sites import Match, Matches
@@ -62,11 +62,6 @@ def match(graph: NormalizedGraph) -> Matches:
     return Matches(tuple(sites), misses)
 
 
-def _is_functorch(node: fx.Node) -> bool:
-    """Whether ``node`` enters or leaves a torch.func transform (grad, vmap, jvp, ...)."""
-    return "functorch" in (getattr(node.target, "__module__", None) or "")
-
-
 class _Finder:
     def __init__(self, graph: NormalizedGraph) -> None:
         self.graph = graph
@@ -74,7 +69,7 @@ class _Finder:
         self.taken: set[fx.Node] = set()
         self.sites: list[Match] = []
         self.misses: dict[str, Miss] = {miss.node: miss for miss in graph.misses}
-        self.transform = next((node.name for node in graph.graph.nodes if _is_functorch(node)), None)
+        self.transform = safety.transform(graph.graph)
 
     def miss(self, miss: Miss) -> None:
         """Keep the first reason given for a node."""
@@ -254,7 +249,8 @@ class _Finder:
         bare = site.norm is None and site.upsample is None and not padding
         if bare and not self.finishes(site.input) and not self.ends_in_a_kernel(site):
             return "a convolution with nothing around it that fusion saves"
-        return None
+        mixed = None if site.conv is None else safety.mixed_dtypes(site.conv, self.graph)
+        return mixed or safety.overwritten(site, self.graph, self.order)
 
     def finishes(self, input: fx.Node) -> bool:
         """Whether a reader of ``input`` can apply the norm or the addition of the site that makes it."""

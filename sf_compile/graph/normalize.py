@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import logging
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,7 @@ class NormalizedGraph:
         canonical: The nodes in canonical form; any other node with such a target (``torch.add`` of
             a number, say) means something else.
         barriers: Nodes that write into a tensor or switch a mode, in graph order.
-        autocast: Names of the nodes inside an autocast region.
+        autocast: For which devices it is on (True) or off, by name of every node inside an autocast region.
         misses: What looks like a hand-written norm and is left as it is, with the reason.
     """
 
@@ -66,7 +67,7 @@ class NormalizedGraph:
     graph: fx.Graph
     canonical: frozenset[fx.Node]
     barriers: tuple[fx.Node, ...]
-    autocast: frozenset[str]
+    autocast: Mapping[str, Mapping[str, bool]]
     misses: tuple[Miss, ...] = ()
 
     def as_module(self) -> fx.GraphModule:
@@ -208,14 +209,24 @@ def _inplace_argument(node: fx.Node) -> bool:
     return bool(bound.arguments.get("inplace", False))
 
 
-def _autocast_regions(graph: fx.Graph) -> frozenset[str]:
-    inside: set[str] = set()
-    depth = 0
+def written(node: fx.Node) -> fx.Node | None:
+    """What a node that writes writes to: what its ``out`` is, or its first argument."""
+    out = node.kwargs.get("out")
+    if isinstance(out, fx.Node):
+        return out
+    inputs = node.all_input_nodes
+    return inputs[0] if inputs else None
+
+
+def _autocast_regions(graph: fx.Graph) -> dict[str, Mapping[str, bool]]:
+    inside: dict[str, Mapping[str, bool]] = {}
+    regions: list[dict[str, bool]] = []
     for node in graph.nodes:
         if node.target is _ENTER_AUTOCAST:
-            depth += 1
+            device, _, enabled, *_ = node.args
+            regions.append({**(regions[-1] if regions else {}), str(device): bool(enabled)})
         elif node.target is _EXIT_AUTOCAST:
-            depth -= 1
-        elif depth:
-            inside.add(node.name)
-    return frozenset(inside)
+            regions.pop()
+        elif regions:
+            inside[node.name] = regions[-1]
+    return inside
