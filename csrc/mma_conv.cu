@@ -15,13 +15,17 @@
 //  * Weights come in the order of the products' registers, in stages of COLUMNS columns of taps, through a ring that
 //    cp.async fills, or stay in shared memory for the whole of a persistent block (STAGES 0).
 //  * Results leave by rows of 16 pixels, through shared memory of the warp's own.
+//  * A 3x3 convolution behind an upsampling by 2 is one of 2x2 taps for each parity of the output's rows and columns
+//    (sf_compile/subpixel.py): the window at (i, j) of the source, padded by 1, makes pixel (2i - p, 2j - q) of parity
+//    (p, q), of which the picture has all but those beyond its edges.
 //
 // Constants: DTYPE, PARAMETER, CHANNELS (in), OUT_CHANNELS, KERNEL_H, KERNEL_W, STRIDE_Y, STRIDE_X, UPSAMPLE, PAD (0
-// none, 1 zeros, 2 reflect, 3 replicate), VECTOR (channels a load takes of a channels_last picture; 1 of any other),
-// PLANAR (the input is contiguous: neighbouring threads load neighbouring pixels), OUT_PLANAR, OUT_VECTOR (elements a
-// store takes), RELU, RESIDUAL, KEEP (strides 1), TRANSFORM (0 where the input is finished), STATISTICS, BIAS,
-// OUTPUT_RELU; and how it is cut: CHUNK_BYTES (8, 16, 32, 64), ROWS (of a warp), WARPS_M, WARPS_N, TILES_N (products
-// side by side in a warp: 1 to 4, 6, 8), COLUMNS (1 or all), STAGES, BLOCKS (of a multiprocessor).
+// none, 1 zeros, 2 reflect, 3 replicate), SUBPIXEL (the kernel and OUT_CHANNELS are those of four parities), VECTOR
+// (channels a load takes of a channels_last picture; 1 of any other), PLANAR (the input is contiguous: neighbouring
+// threads load neighbouring pixels), OUT_PLANAR, OUT_VECTOR (elements a store takes), RELU, RESIDUAL, KEEP (strides 1),
+// TRANSFORM (0 where the input is finished), STATISTICS, BIAS, OUTPUT_RELU; and how it is cut: CHUNK_BYTES (8, 16, 32,
+// 64), ROWS (of a warp), WARPS_M, WARPS_N, TILES_N (products side by side in a warp: 1 to 4, 6, 8), COLUMNS (1 or all),
+// STAGES, BLOCKS (of a multiprocessor).
 #include "dependent_launch.cuh"
 #include "mma_tile.cuh"
 
@@ -45,7 +49,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int first = images > 1 ? (int)(all_tiles * worker / workers) : worker, stride = images > 1 ? 1 : workers;
   const int end = (int)(images > 1 ? all_tiles * (worker + 1) / workers : all_tiles);
   const int tiles = (end - first + stride - 1) / stride;
-  const i64 pixels = (i64)height * width, out_pixels = (i64)out_height * out_width;
+  const int picture_width = SUBPIXEL ? 2 * width : out_width;
+  const i64 pixels = (i64)height * width, out_pixels = (i64)(SUBPIXEL ? 2 * height : out_height) * picture_width;
   const Picture picture = {x, PLANAR ? pixels : 1, PLANAR ? 1 : CHANNELS};
   const Picture more = {residual, residual_channel, residual_pixel};
   const Geometry geometry = {height, width, top, left, padded_height, padded_width, out_height, out_width};
@@ -246,20 +251,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     // ---- the way out ----
     const Tile tile = shared.tile(j);
     const int thread = thread_index(), lane = thread & 31, warp = thread >> 5, warp_m = warp % WARPS_M;
-    const int rows = min(max(out_height - (tile.y + warp_m * ROWS), 0), ROWS);
-    const int columns = min(out_width - tile.x, TILE_W);
     const bool flushes = STATISTICS && (j + 1 == tiles || shared.tile(j + 1).image != tile.image);
     unsigned char* staged = shared.staged(warp);
 #pragma unroll
     for (int group = 0; group < GROUPS; group++) {
-      const int channel0 = channel_block * BLOCK_CHANNELS + (warp / WARPS_M * TILES_N + group * GROUP_TILES) * 8;
+      const int column0 = channel_block * BLOCK_CHANNELS + (warp / WARPS_M * TILES_N + group * GROUP_TILES) * 8;
+      // All of a group are of one parity.
+      const int parity = SUBPIXEL ? column0 / PICTURE_CHANNELS : 0, channel0 = column0 - parity * PICTURE_CHANNELS;
+      const Span rows(tile.y + warp_m * ROWS, ROWS, out_height, parity >> 1);
+      const Span columns(tile.x, TILE_W, out_width, parity & 1);
       OwnedSum* const statistics = shared.sum(thread, group);
-      if (rows > 0 && channel0 < OUT_CHANNELS) {
+      if (rows.end > 0 && column0 < OUT_CHANNELS) {
         float add[2 * GROUP_TILES];
 #pragma unroll
         for (int i = 0; i < 2 * GROUP_TILES; i++) {
           const int channel = channel0 + i / 2 * 8 + (lane & 3) * 2 + i % 2;
-          add[i] = BIAS && channel < OUT_CHANNELS ? to_float<DTYPE>(bias[channel]) : 0.f;
+          add[i] = BIAS && channel < PICTURE_CHANNELS ? to_float<DTYPE>(bias[channel]) : 0.f;
         }
         // Two neighbouring channels of pixel lane / 4, or of that plus 8, as they are written.
         auto result = [&](int m, int n, int half) {
@@ -279,48 +286,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           }
           sums = statistics->begin(pivots, lane);
         }
-        const i64 out_image = tile.image * OUT_CHANNELS * out_pixels;
+        const i64 out_image = tile.image * PICTURE_CHANNELS * out_pixels;
 #pragma unroll
         for (int m = 0; m < ROWS; m++) {
-          if (m >= rows) break;
+          if (m >= rows.end) break;
+          if (m < rows.begin) continue;
 #pragma unroll
           for (int n = 0; n < GROUP_TILES; n++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
               const Results two = result(m, n, half);
               if (STATISTICS) {
-                const bool counts = (lane >> 2) + 8 * half < columns;
+                const bool counts = columns.has((lane >> 2) + 8 * half);
                 sums.add(2 * n, two.first(), counts);
                 sums.add(2 * n + 1, two.second(), counts);
               }
               two.stage(staged, n, half, lane);
             }
           __syncwarp();
-          const i64 row = (i64)(tile.y + warp_m * ROWS + m) * out_width + tile.x;
+          const i64 row = (i64)rows.pixel(m) * picture_width + columns.pixel(0);
           constexpr int kLines = OUT_PLANAR ? GROUP_TILES * 8 : 16;
           constexpr int kVectors = (OUT_PLANAR ? 16 : GROUP_TILES * 8) / OUT_VECTOR;
 #pragma unroll
           for (int begin = 0; begin < kVectors * kLines; begin += 32) {
             const int i = begin + lane, line = i / kVectors, at = i % kVectors * OUT_VECTOR;
-            const int channel = channel0 + (OUT_PLANAR ? line : at), pixel = OUT_PLANAR ? at : line;
-            if (line < kLines && channel < OUT_CHANNELS && pixel < columns) {
-              const i64 to = OUT_PLANAR ? channel * out_pixels + row + pixel : (row + pixel) * OUT_CHANNELS + channel;
+            const int channel = channel0 + (OUT_PLANAR ? line : at), place = OUT_PLANAR ? at : line;
+            if (line < kLines && channel < PICTURE_CHANNELS && columns.has(place)) {
+              const i64 pixel = row + (SUBPIXEL ? 2 : 1) * place;
+              const i64 to = OUT_PLANAR ? channel * out_pixels + pixel : pixel * PICTURE_CHANNELS + channel;
               const unsigned char* from = staged + line * STAGED_PITCH + at * ELEMENT_BYTES;
               store(out + out_image + to, *reinterpret_cast<const Vector<OUT_VECTOR>*>(from));
             }
           }
           __syncwarp();
         }
-        if (STATISTICS) statistics->end(sums, lane, rows * columns);
+        if (STATISTICS) statistics->end(sums, lane, rows.count() * columns.count());
       }
       if (flushes) {
-        const i64 before = (i64)tile.image * OUT_CHANNELS;
-        statistics->flush(workspace, worker % COPIES, (i64)images * OUT_CHANNELS, before + channel0,
-                          before + OUT_CHANNELS, per_pixel, lane);
+        const i64 before = (i64)tile.image * PICTURE_CHANNELS;
+        statistics->flush(workspace, worker % COPIES, (i64)images * PICTURE_CHANNELS, before + channel0,
+                          before + PICTURE_CHANNELS, per_pixel, lane);
       }
     }
     // The map of tile j was read for the last time before the barrier of its last chunk.
     prepare(j + 2, tile.number + 2 * stride, tile.image);
   }
-  if (STATISTICS) finish_sums(workspace, images * OUT_CHANNELS, out_mean, out_variance, thread, THREADS, 1);
+  if (STATISTICS) finish_sums(workspace, images * PICTURE_CHANNELS, out_mean, out_variance, thread, THREADS, 1);
 }

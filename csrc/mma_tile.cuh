@@ -53,6 +53,8 @@
 #define RING (RESIDENT ? STEPS : STAGES)
 #define WEIGHT_BYTES (RING * STAGE_BYTES)
 
+#define PICTURE_CHANNELS (SUBPIXEL ? OUT_CHANNELS / 4 : OUT_CHANNELS)  // of the output
+
 #define TABLE_BYTES ((PIXELS * 4 + 15) / 16 * 16)
 #define AFFINE_BYTES (TRANSFORM ? CHUNKS * CHUNK * 8 : 0)
 // A warp's pixels of one row on their way out, by pixel or by channel, free of bank conflicts.
@@ -105,6 +107,21 @@ struct Geometry {
     const bool writes = KEEP && mine && owns(y, top, height, UPSAMPLE) && owns(x, left, width, UPSAMPLE);
     return (from_y * width + from_x) * 2 + writes;
   }
+};
+
+// Windows along one dimension, from number `first` on, and which of `size` there are: in the sub-pixel form those that
+// make a pixel of a parity inside of the picture, all but the last for 0, all but the first for 1.
+struct Span {
+  int first, begin, end, parity;
+
+  DEVICE Span(int first, int length, int size, int parity) : first(first), parity(parity) {
+    begin = SUBPIXEL && parity == 1 && first == 0;
+    end = min(max(size - (SUBPIXEL ? 1 - parity : 0) - first, 0), length);
+  }
+  DEVICE bool has(int i) const { return (!SUBPIXEL || i >= begin) && i < end; }
+  DEVICE int count() const { return end - begin; }
+  // The number, in the picture, of the pixel that window i makes.
+  DEVICE int pixel(int i) const { return SUBPIXEL ? 2 * (first + i) - parity : first + i; }
 };
 
 // A unit as it was loaded. Left as it is until it is used: anything else would wait for the load.

@@ -6,8 +6,18 @@ and columns of one parity see the same few source pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+
+def is_subpixel(kernel: Sequence[int], stride: Sequence[int], upsample: int, padding: Sequence[int]) -> bool:
+    """Whether a convolution has the form of ``subpixel_weights``: 3x3, upsampled by 2, padded by 1.
+
+    ``kernel`` and ``stride`` are (height, width), ``padding`` is (left, right, top, bottom).
+    """
+    return upsample == 2 and (*kernel, *stride, *padding) == (3, 3, 1, 1, 1, 1, 1, 1)
 
 
 def subpixel_weights(weight: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ FIRST = Layer(3, 32, (9, 9), (4, 4, 4, 4), norm="none", relu=False, bias=True, o
 LAST = Layer(32, 3, (9, 9), (4, 4, 4, 4), bias=True, statistics=False, output=False)
 HALVING = Layer(16, 24, stride=(2, 2))
 DOUBLING = Layer(16, 8, upsample=2, keep=True)
+WIDE_DOUBLING = Layer(24, 64, upsample=2, relu=False, residual=True)
 
 CASES = (
     (PLAIN, (1, 37, 53), "loads of 4 channels, height and width odd"),
@@ -59,6 +60,12 @@ CASES = (
     (LAST, (1, 29, 43), "three channels out, contiguous output of odd width"),
     (HALVING, (2, 37, 53), "stride 2"),
     (DOUBLING, (1, 19, 27), "enlarged by 2, z kept once"),
+    (WIDE_DOUBLING, (2, 15, 16), "enlarged by 2, a window more than a tile"),
+    (WIDE_DOUBLING, (2, 16, 15), "enlarged by 2, whole tiles of windows across"),
+    (Layer(64, 32, upsample=2, mode="replicate"), (1, 37, 53), "enlarged by 2, 64 channels to 32"),
+    (Layer(32, 24, upsample=2, mode="zeros", bias=True), (2, 1, 9), "enlarged by 2, a single row"),
+    (DOUBLING._replace(out_channels=20), (1, 19, 27), "enlarged by 2, 20 channels: no form of parities"),
+    (DOUBLING._replace(output=False), (1, 19, 27), "enlarged by 2, contiguous output"),
     (Layer(33, 5, (4, 2), (3, 0, 2, 1), "zeros", (1, 2), residual=False), (3, 22, 35), "even, uneven, odd"),
     (Layer(8, 24, (2, 6), (2, 3, 1, 0), "replicate", bias=True), (1, 20, 33), "8 channels: two taps at once"),
     (Layer(5, 12, (7, 7), (3, 3, 3, 3), stride=(2, 2)), (1, 37, 53), "5 channels before a stride"),
@@ -79,7 +86,7 @@ CASES = (
     (Layer(1, 1, (3, 3), input=False, output=False), (2, 33, 50), "one channel in and out"),
     (Layer(256, 16, statistics=False, bias=True), (1, 20, 20), "many chunks, few channels out"),
 )  # fmt: skip
-BFLOAT16 = (PLAIN, SKIP, PLANAR, FIRST, HALVING, DOUBLING)
+BFLOAT16 = (PLAIN, SKIP, PLANAR, FIRST, HALVING, DOUBLING, WIDE_DOUBLING)
 FLOAT32 = (
     *BFLOAT16, LAST, BARE, Layer(2, 24, (5, 5), (2, 2, 2, 2), "zeros", bias=True, keep=True),
     Layer(6, 8, norm="none", relu=False, output_relu=True, output=False),

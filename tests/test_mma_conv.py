@@ -10,10 +10,24 @@ import torch
 import torch.nn.functional as F
 from emulated_kernel import EmulatedKernel, guarded
 from halo_layers import equal
-from mma_layers import BARE, CASES, DOUBLING, FIRST, HALVING, LAST, PLAIN, PLANAR, SKIP, Layer, check, made
+from mma_layers import (
+    BARE,
+    CASES,
+    DOUBLING,
+    FIRST,
+    HALVING,
+    LAST,
+    PLAIN,
+    PLANAR,
+    SKIP,
+    WIDE_DOUBLING,
+    Layer,
+    check,
+    made,
+)
 from torch import Tensor
 
-from sf_compile.cuda import hopper, mma_conv, mma_tiling
+from sf_compile.cuda import hopper, mma_conv, mma_tiling, mma_variant
 from sf_compile.cuda.mma_tiling import Tiling
 from sf_compile.ops.conv2d_arguments import Arguments
 
@@ -38,7 +52,7 @@ def emulated(monkeypatch):
 
     monkeypatch.setattr(mma_conv, "_kernel", kernel)
     monkeypatch.setattr(mma_conv, "multiprocessors", lambda index: 2)
-    monkeypatch.setattr(mma_conv, "shared_bytes", lambda index: mma_conv.SHARED_BYTES["sm_90a"])
+    monkeypatch.setattr(mma_conv, "shared_bytes", lambda index: mma_variant.SHARED_BYTES["sm_90a"])
     monkeypatch.setattr(hopper, "zeroed", zeroed)
     return kernels
 
@@ -59,6 +73,10 @@ EMULATED = (
     (LAST, (1, 17, 20), torch.float16),
     (HALVING, (1, 37, 35), torch.bfloat16),
     (DOUBLING, (1, 9, 10), torch.float16),
+    (WIDE_DOUBLING, (2, 17, 18), torch.float16),
+    (WIDE_DOUBLING._replace(mode="zeros", bias=True), (1, 1, 16), torch.float16),
+    (DOUBLING._replace(out_channels=20), (1, 9, 10), torch.float16),
+    (DOUBLING._replace(output=False), (1, 9, 10), torch.float16),
     (Layer(33, 5, (4, 2), (3, 0, 2, 1), "zeros", (1, 2), residual=False), (1, 22, 35), torch.float16),
     (Layer(8, 24, (2, 6), (2, 3, 1, 0), "replicate", bias=True), (1, 12, 19), torch.float16),
     (PLAIN, (1, 37, 35), torch.float32),
@@ -68,6 +86,7 @@ EMULATED = (
     (LAST, (1, 17, 20), torch.float32),
     (HALVING, (1, 37, 35), torch.float32),
     (DOUBLING, (1, 9, 10), torch.float32),
+    (WIDE_DOUBLING, (1, 17, 18), torch.float32),
     (Layer(2, 24, (5, 5), (2, 2, 2, 2), "zeros", bias=True, keep=True), (1, 12, 19), torch.float32),
     (Layer(6, 8, norm="none", relu=False, output_relu=True, output=False), (1, 12, 20), torch.float32),
 )
@@ -127,12 +146,13 @@ def test_units_beyond_the_halo_are_left_alone(monkeypatch, layer, tiling):
 
 def test_every_case_is_cut_so_that_it_fits_on_every_architecture():
     for (layer, (n, h, w), _), dtype in product(CASES, (torch.float16, torch.float32)):
-        for shared in set(mma_conv.SHARED_BYTES.values()):
+        for shared in set(mma_variant.SHARED_BYTES.values()):
             a = made(layer, (n, h, w), dtype, "cpu")
-            cut = mma_tiling.fastest(mma_conv._variant(a).layer, shared, 108, (n, *mma_conv._output_size(a)))
+            variant = mma_conv._variant(a)
+            cut = mma_tiling.fastest(variant.layer, shared, 108, (n, *mma_conv._positions(a, variant)))
             assert cut is not None
-            assert cut.shared_bytes(mma_conv._variant(a).layer) <= shared
-            assert cut.blocks * cut.threads * cut.registers(mma_conv._variant(a).layer) <= 65536
+            assert cut.shared_bytes(variant.layer) <= shared
+            assert cut.blocks * cut.threads * cut.registers(variant.layer) <= 65536
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -143,23 +163,23 @@ def test_something_fits_for_every_kernel(kernel, stride):
         layer = mma_conv._variant(a).layer._replace(
             out_channels=512, kernel_h=kernel, kernel_w=kernel, stride_y=stride, stride_x=stride
         )
-        for shared in set(mma_conv.SHARED_BYTES.values()):
+        for shared in set(mma_variant.SHARED_BYTES.values()):
             assert mma_tiling.fastest(layer, shared, 108, (1, 1080, 1920)) is not None
 
 
 def test_small_pictures_are_cut_into_smaller_tiles():
     layer = mma_conv._variant(made(PLAIN, (1, 16, 16), device="cpu")).layer
     large, small = (
-        mma_tiling.fastest(layer, mma_conv.SHARED_BYTES["sm_90a"], 132, (1, side, side))
+        mma_tiling.fastest(layer, mma_variant.SHARED_BYTES["sm_90a"], 132, (1, side, side))
         for side in (1024, 64)
     )
     assert large is not None and small is not None and large.tile[0] > small.tile[0]
 
 
 def test_variants_are_distinct():
-    for arch in mma_conv.SHARED_BYTES:
-        made_variants = list(mma_conv.variants(arch))
-        assert {source for source, _ in made_variants} == {mma_conv.SOURCE} and len(made_variants) <= 40
+    for arch in mma_variant.SHARED_BYTES:
+        made_variants = list(mma_variant.variants(arch))
+        assert {source for source, _ in made_variants} == {mma_variant.SOURCE} and len(made_variants) <= 40
         assert len({tuple(sorted(constants.items())) for _, constants in made_variants}) == len(made_variants)
 
 
@@ -183,7 +203,7 @@ def test_packed_weights_are_the_registers_of_products(tiling, channels, size):
     out_channels, kh, kw = 44, 3, 3
     weight = torch.randint(-9, 10, (out_channels, channels, kh, kw)).double()
     padded = torch.randint(-9, 10, (1, channels, 6, 8)).double()
-    packed = mma_conv.pack(tiling, size, weight)
+    packed = mma_variant.pack(tiling, size, False, weight)
     assert packed.is_contiguous()
     layer = mma_conv._variant(made(PLAIN, (1, 4, 4), device="cpu")).layer
     layer = layer._replace(size=size, channels=channels, out_channels=out_channels)

@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sf_compile.cpu import kernels
-from sf_compile.cpu.forms import is_subpixel, is_winograd
+from sf_compile.cpu.forms import is_winograd
 from sf_compile.cuda.packing import packed
 from sf_compile.ops import reference
 from sf_compile.ops.conv2d_arguments import Arguments
 from sf_compile.ops.library import absent
-from sf_compile.subpixel import subpixel_weights
+from sf_compile.subpixel import is_subpixel, subpixel_weights
 
 _FEW_CHANNELS = 4
 _LEAST_COLUMNS = 5
@@ -45,7 +45,7 @@ def form_of(a: Arguments, dtype: torch.dtype) -> int:
     kernel, stride = tuple(a.weight.shape[2:]), tuple(a.stride)
     if a.transposed or dtype != torch.float32 or stride != (1, 1):
         return kernels.DIRECT
-    if is_subpixel(kernel, stride, a.upsample, tuple(a.padding)):
+    if is_subpixel(kernel, stride, a.upsample, a.padding):
         return kernels.SUBPIXEL
     if a.out_channels <= _FEW_CHANNELS and kernel[1] >= _LEAST_COLUMNS:
         return kernels.COLUMNS

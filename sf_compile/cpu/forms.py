@@ -17,13 +17,6 @@ def _has_vectors() -> bool:
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
-def is_subpixel(
-    kernel: tuple[int, ...], stride: tuple[int, ...], upsample: int, padding: tuple[int, ...]
-) -> bool:
-    """Whether such a convolution in float32 is computed in the sub-pixel form."""
-    return kernel == (3, 3) and stride == (1, 1) and upsample == 2 and padding == (1, 1, 1, 1)
-
-
 def is_winograd(kernel: tuple[int, ...], stride: tuple[int, ...], channels: int, out_channels: int) -> bool:
     """Whether such a convolution in float32, of enough pixels, is computed in Winograd's."""
     return (

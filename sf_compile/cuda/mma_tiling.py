@@ -15,11 +15,11 @@ _REGISTERS = 65536  # of a multiprocessor
 # What the model of `Tiling.clocks` counts: clocks of a multiprocessor. Only their proportions matter.
 _PRODUCTS = 1024  # multiplications of 16-bit numbers in a clock, or half as many in TF32
 _SHARED_BYTES = 128  # that are read from shared memory in a clock
-_L2_BYTES = 32  # that arrive from the L2 cache in a clock
-_UNIT_CLOCKS = {2: 1.2, 4: 0.9, 8: 0.8, 16: 0.7}  # to finish 16 bytes of a pixel, by bytes of a load
+_L2_BYTES = 16  # that arrive from the L2 cache in a clock
+_UNIT_CLOCKS = {2: 2.4, 4: 1.8, 8: 1.6, 16: 1.4}  # to finish 16 bytes of a pixel, by bytes of a load
 _OUT_CLOCKS = 10.0  # to write 16 pixels of 8 channels
 _TILE_CLOCKS = 1200  # of a tile by itself: its index map, and waiting
-_BARRIER_CLOCKS = 80
+_BARRIER_CLOCKS = 450  # of a stage: its barrier, and what then waits for shared memory
 
 
 class Layer(NamedTuple):
@@ -37,6 +37,7 @@ class Layer(NamedTuple):
     residual: bool
     statistics: bool
     out_planar: bool
+    subpixel: bool = False
 
 
 class Tiling(NamedTuple):
@@ -166,6 +167,8 @@ def _candidates(layer: Layer) -> Iterator[Tiling]:
         if warps_n == 2 and tiles_n < 3:
             continue  # as many channels as one warp takes
         whole = Tiling(chunk_bytes, rows, warps_m, warps_n, tiles_n, 1, 0)
+        if layer.subpixel and layer.out_channels // 4 % (8 * whole.group_tiles):
+            continue  # results that leave together are of one parity
         steps = whole.x_steps(layer)
         yield whole._replace(columns=steps)
         if whole.chunks(layer) * steps > 1:
@@ -181,7 +184,7 @@ def fastest(
     """The cut that should take the least time, or None where a block would need more than ``shared`` bytes.
 
     ``shared`` is what a block may have; a multiprocessor has 1 KB more, for all its blocks. ``output`` is
-    (N, H, W).
+    (N, rows, columns) of windows.
     """
     best, least = None, float("inf")
     n, height, width = output
@@ -192,17 +195,15 @@ def fastest(
         room = (shared + _RESERVED_BYTES) // (needed + _RESERVED_BYTES)
         # Each of a multiprocessor's four schedulers has a quarter of the registers, for whole warps.
         warps = _REGISTERS // 4 // (32 * tiling.registers(layer)) * 4
-        blocks = min(room, warps * 32 // tiling.threads)
-        tiling = tiling._replace(blocks=blocks)
         rows = tiling.tile[0]
         tiles = n * -(-height // rows) * -(-width // _TILE_W) * tiling.channel_blocks(layer)
+        # Blocks that a multiprocessor never has at once would take registers from those that it has.
+        blocks = min(room, warps * 32 // tiling.threads, -(-tiles // multiprocessors))
+        tiling = tiling._replace(blocks=blocks)
         rounds = -(-tiles // (multiprocessors * blocks))
-        together = min(blocks, -(-tiles // multiprocessors))  # blocks that a multiprocessor has at once
         # Latencies are hidden by other warps, and by other products of a warp.
-        warps_together = together * tiling.threads / 32
-        alone = 1 + (2 + 32 / (tiling.rows * tiling.tiles_n)) / warps_together
-        first = together * tiling.weight_bytes(layer) / _L2_BYTES  # weights that a block waits for
-        time = rounds * together * tiling.clocks(layer) * alone + first
+        alone = 1 + (4 + 16 / (tiling.rows * tiling.tiles_n)) / (blocks * tiling.threads / 32)
+        time = rounds * blocks * tiling.clocks(layer) * alone
         if time < least:
             best, least = tiling, time
     return best

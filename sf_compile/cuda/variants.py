@@ -22,7 +22,7 @@ from sf_compile.cuda import (
     instance_norm,
     last_conv,
     mma_ceiling,
-    mma_conv,
+    mma_variant,
     norm_statistics,
     normalization,
     picture,
@@ -46,7 +46,7 @@ def every(arch: str) -> Iterator[tuple[str, dict[str, int]]]:
     yield from normalization.variants()
     yield from instance_norm.variants()
     yield from picture.variants()
-    yield from mma_conv.variants(arch)
+    yield from mma_variant.variants(arch)
     yield from mma_ceiling.variants()
     if arch == "sm_90a":
         yield from halo_variant.variants()

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sf_compile.cpu.forms import is_subpixel, is_winograd
+from sf_compile.cpu.forms import is_winograd
 from sf_compile.graph.plan import Decision
 from sf_compile.graph.sites import Match
 from sf_compile.graph.steps import ConvTranspose
 from sf_compile.graph.values import value_of
+from sf_compile.subpixel import is_subpixel
 
 # Microseconds of a call beyond eager's, for each
 _NORM, _BARE, _ALONE = 100.0, 180.0, 320.0  # site with a norm; site without; op that is in no region

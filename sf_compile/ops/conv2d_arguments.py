@@ -26,6 +26,7 @@ from sf_compile.ops.checks import (
 )
 from sf_compile.ops.normalize import Norm
 from sf_compile.precision import PRECISIONS, storage
+from sf_compile.subpixel import is_subpixel
 
 
 class Arguments(NamedTuple):
@@ -73,6 +74,12 @@ class Arguments(NamedTuple):
     def out_channels(self) -> Any:
         """Channels of the output."""
         return self.weight.shape[1 if self.transposed else 0]
+
+    @property
+    def is_subpixel(self) -> bool:
+        """Whether it has the sub-pixel form of a convolution behind an upsampling."""
+        plain = not self.transposed
+        return plain and is_subpixel(self.weight.shape[2:], self.stride, self.upsample, self.padding)
 
     @property
     def normalizes(self) -> bool:

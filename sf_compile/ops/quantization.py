@@ -58,15 +58,9 @@ def refusal(a: Arguments) -> str | None:
         return "a bias, or an activation of the output"
     if a.dtype not in _SIXTEEN_BIT or a.output_dtype != a.dtype:
         return f"computed in {a.dtype} and written in {a.output_dtype}"
-    if a.upsample != 1 and not is_subpixel(a):
+    if a.upsample != 1 and not a.is_subpixel:
         return f"a {kernel[0]}x{kernel[1]} convolution behind an upsampling by {a.upsample}"
     return None
-
-
-def is_subpixel(a: Arguments) -> bool:
-    """Whether ``a`` is what has a sub-pixel form: upsampled by 2, padded by 1, 3x3, of stride 1."""
-    kernel = tuple(int(size) for size in a.weight.shape[2:])
-    return a.upsample == 2 and kernel == (3, 3) and set(a.padding) == {1} and tuple(a.stride) == (1, 1)
 
 
 def check(a: Arguments) -> None:
@@ -109,10 +103,10 @@ def taps_of(weight: Tensor, subpixel: bool) -> Tensor:
 def convolved(a: Arguments, q: Tensor) -> Tensor:
     """The output for the quantised input ``q`` (N, C, H, W), in ``a``'s dtype and layout."""
     assert a.input_scale is not None and a.mean is not None and a.variance is not None
-    weight, scales = quantized_weights(taps_of(a.weight.to(a.dtype), is_subpixel(a)))
+    weight, scales = quantized_weights(taps_of(a.weight.to(a.dtype), a.is_subpixel))
     unit = scales * a.input_scale
     exact = q.double()
-    if not is_subpixel(a):
+    if not a.is_subpixel:
         padded = reference.pad(exact, a.padding, a.padding_mode)
         sums = F.conv2d(padded, weight[0].double(), None, list(a.stride))
         out = sums.float() * unit[0, :, None, None]
