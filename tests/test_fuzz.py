@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import fuzz.backend
@@ -122,6 +123,15 @@ def test_a_backend_that_is_wrong_is_caught(wrong, monkeypatch):
 def test_what_eager_refuses_is_refused_and_what_it_computes_is_not():
     too_large = Program((), ("t0 = F.pad(x, (9, 0, 0, 0), mode='reflect')",), ("t0",), ((1, 3, 8, 9),))
     assert not check(too_large)
+
+
+def test_what_the_fallback_alone_refuses_is_no_fault_of_the_backend():
+    recorded = STYLE.statements + ("with torch.enable_grad():\n    t2 = self.conv2(t1)",)
+    program = replace(
+        STYLE, modules=(*STYLE.modules, ("conv2", "nn.Conv2d(4, 4, 3)")), statements=recorded,
+        results=("t2",), grad="inference_mode", fallback="aot_eager",
+    )  # fmt: skip
+    assert check(program) and check(replace(program, fallback="eager"))
 
 
 def test_a_failing_network_is_printed_as_a_file_that_runs_alone(tmp_path):
