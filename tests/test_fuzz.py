@@ -126,7 +126,7 @@ def test_what_eager_refuses_is_refused_and_what_it_computes_is_not():
 
 
 def test_what_the_fallback_alone_refuses_is_no_fault_of_the_backend():
-    recorded = STYLE.statements + ("with torch.enable_grad():\n    t2 = self.conv2(t1)",)
+    recorded = (*STYLE.statements, "with torch.enable_grad():\n    t2 = self.conv2(t1)")
     program = replace(
         STYLE, modules=(*STYLE.modules, ("conv2", "nn.Conv2d(4, 4, 3)")), statements=recorded,
         results=("t2",), grad="inference_mode", fallback="aot_eager",
