@@ -122,11 +122,10 @@ def variants(arch: str) -> Iterator[tuple[str, dict[str, int]]]:
 def pack(tiling: Tiling, size: int, subpixel: bool, weight: Tensor) -> Tensor:
     """Weights (O, C, kh, kw) in the order of the right operand's registers (csrc/mma.cuh).
 
-    ``subpixel`` takes those of the four parities, one after another, as the O of a 2x2 kernel.
     As (block of channels, chunk, step along a row of taps, product of the chunk, row of taps, warp, products,
     lane, products of one load, half of the depth, elements of a word), where a load takes the products of two
     where a warp has an even number of them. ``size`` is what an element has in bytes; float32 is rounded to
-    TF32.
+    TF32. With ``subpixel`` the O of a 2x2 kernel are those of the four parities, one after another.
     """
     if subpixel:
         weight = subpixel_weights(weight).flatten(0, 1)
