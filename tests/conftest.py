@@ -1,12 +1,16 @@
-"""Shared fixtures: where the test data is, and the GPU marker's skip."""
+"""Shared fixtures: where the test data is, what a test leaves behind, and what skips tests of a GPU."""
 
 from __future__ import annotations
 
+import gc
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from pipeline_streams import threads, until
 
+from sf_compile.cuda import hopper
 from sf_compile.graph.break_even import BreakEven
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -45,6 +49,22 @@ def small_pictures_are_fused(request):
         yield
 
 
+@pytest.fixture(scope="session")
+def hopper_kernels() -> None:
+    """Skips tests of the kernels for compute capability 9.0 alone where those are not to run.
+
+    Asked once a test of a GPU begins: where tests are collected there may be none, nor a PyTorch for one.
+    """
+    index = torch.cuda.current_device()
+    if not hopper.available(index):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
+        wanted = os.environ.get(hopper.KERNELS) or "auto"
+        pytest.skip(
+            "the kernels for compute capability 9.0 are not to run: "
+            f"this GPU has {capability}, and {hopper.KERNELS} is {wanted}"
+        )
+
+
 @pytest.fixture
 def weights() -> Path:
     folder = SHARED / "weights"
@@ -68,3 +88,12 @@ def strict_float32():
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     yield
     torch.backends.cudnn.conv.fp32_precision = precision
+
+
+@pytest.fixture
+def no_stream_is_left_running():
+    """No thread of a ``StylizePipeline`` outlives the test."""
+    yield
+    if threads():
+        gc.collect()
+    until(lambda: not threads())

@@ -15,7 +15,7 @@ from cases import relative_error
 from halo_layers import check_picture, unit
 
 from sf_compile import ops
-from sf_compile.cuda import activation, convolution, halo_conv, hopper
+from sf_compile.cuda import activation, convolution, halo_conv
 from sf_compile.cuda.compiler import source_directory
 from sf_compile.ops.conv2d_arguments import Arguments
 
@@ -102,10 +102,9 @@ def test_planes_that_no_kernel_writes_are_made_by_a_pass_behind(choose, monkeypa
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("hopper_kernels")  # the general kernel reads planes
 @pytest.mark.parametrize("norm", [False, True])
 def test_turned_planes_are_convolved(norm):
-    if not hopper.available(0):
-        pytest.skip("elsewhere than on compute capability 9.0 the general kernel reads planes")
     x = torch.randn(2, 128, 19, 33, device="cuda").half()
     weight = (torch.randn(64, 128, 3, 3, device="cuda") / 34).half()
     variance, mean = torch.var_mean(x.float(), (2, 3), correction=0)

@@ -236,13 +236,6 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 TWO_DTYPES = [torch.float16, torch.float32]  # where 16 bits are 16 bits
 
 
-@pytest.fixture
-def hopper_gpu():
-    capability = torch.cuda.get_device_capability()
-    if capability != (9, 0):
-        pytest.skip(f"first_conv.cu is for compute capability 9.0; this GPU has {capability}")
-
-
 def made(shape, out_channels, kernel, padding, mode, dtype=torch.float16, **kwargs) -> Arguments:
     """Arguments on the GPU, the picture in the midst of NaN."""
     margin = 4096
@@ -284,7 +277,7 @@ def check_statistics(out: Tensor, mean: Tensor, variance: Tensor) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("hopper_gpu")
+@pytest.mark.usefixtures("hopper_kernels")
 class TestKernel:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("shape", "out_channels", "kernel", "padding", "mode"), CASES)

@@ -13,7 +13,6 @@ from cases import psnr, relative_error, replay_side_by_side
 
 from sf_compile.backend import styleforge
 from sf_compile.bench.checks import run_in_tf32
-from sf_compile.cuda import hopper
 from sf_compile.models import TransformerNet
 
 pytestmark = pytest.mark.gpu
@@ -219,10 +218,6 @@ def test_poisoned_memory_is_never_read():
 
 
 FUSED = {"first_conv.cu", "halo_conv.cu", "last_conv.cu"}
-on_hopper = pytest.mark.skipif(
-    torch.cuda.is_available() and not hopper.available(0),
-    reason="the fused convolutions need compute capability 9.0",
-)
 
 
 def test_kernels_of_the_network_are_among_those_that_ci_compiles():
@@ -240,7 +235,7 @@ def test_kernels_of_the_network_are_among_those_that_ci_compiles():
     assert ours and ours <= listed
 
 
-@on_hopper
+@pytest.mark.usefixtures("hopper_kernels")
 @pytest.mark.parametrize(("height", "width", "joined"), [(64, 96, True), (600, 600, False)])
 def test_fused_convolutions_are_what_runs_in_half_precision(monkeypatch, height, width, joined):
     from sf_compile.cuda import first_conv, halo_conv, last_conv, residual_trunk
@@ -257,7 +252,7 @@ def test_fused_convolutions_are_what_runs_in_half_precision(monkeypatch, height,
     assert calls == ["first_conv.cu", *halo, *trunk, *halo, "last_conv.cu"]
 
 
-@on_hopper
+@pytest.mark.usefixtures("hopper_kernels")
 def test_changed_weights_are_packed_inside_a_capture():
     model = compiled(network())
     x = (torch.rand(1, 3, 64, 96, device="cuda") * 255).half()

@@ -31,7 +31,7 @@ from halo_layers import (
 )
 
 from sf_compile import ops
-from sf_compile.cuda import convolution, halo_conv, hopper
+from sf_compile.cuda import convolution, halo_conv
 from sf_compile.cuda.loader import loaded
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -39,9 +39,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled")]
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    if not hopper.available(torch.cuda.current_device()):
-        pytest.skip("halo_conv.cu is for compute capability 9.0, and not asked for")
+def compiled(hopper_kernels):
     layers = [(layer, torch.float16) for layer, _, _ in CASES]
     layers += [(layer, torch.bfloat16) for layer in BFLOAT16]
     compile_all(layers + [(layer, torch.float32) for layer in FLOAT32])

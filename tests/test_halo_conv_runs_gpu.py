@@ -24,7 +24,7 @@ from halo_layers import (
 )
 
 from sf_compile import ops
-from sf_compile.cuda import halo_conv, hopper, packing, workspace
+from sf_compile.cuda import halo_conv, packing, workspace
 
 LAYERS = {
     "plain": PLAIN,
@@ -37,9 +37,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled")]
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    if not hopper.available(torch.cuda.current_device()):
-        pytest.skip("halo_conv.cu is for compute capability 9.0, and not asked for")
+def compiled(hopper_kernels):
     compile_all((layer, torch.float16) for layer in (*LAYERS.values(), BARE, KEEP, SMALL_DOUBLING))
 
 

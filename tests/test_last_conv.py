@@ -231,14 +231,8 @@ def test_the_source_against_float64(dtype, mma_n, shape, o, k, padding, mode, ac
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------------
-hopper_only = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-    reason="the fused convolutions need compute capability 9.0",
-)
-
-
 def gpu(test: Callable[..., None]) -> Callable[..., None]:
-    return pytest.mark.gpu(hopper_only(test))
+    return pytest.mark.gpu(pytest.mark.usefixtures("hopper_kernels")(test))
 
 
 def layer(

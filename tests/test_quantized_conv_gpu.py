@@ -10,7 +10,7 @@ from quantized_layers import CASES, IDS, PLAIN, SKIP, UP, integers, made, on_cpu
 
 from sf_compile import ops
 from sf_compile.backend import styleforge
-from sf_compile.cuda import convolution, halo_conv, hopper, normalization, quantized_conv
+from sf_compile.cuda import convolution, halo_conv, normalization, quantized_conv
 from sf_compile.cuda.compiler import KernelKey, compile_kernel
 from sf_compile.models import TransformerNet
 from sf_compile.ops import quantization, reference
@@ -20,9 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled")]
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    if not hopper.available(torch.cuda.current_device()):
-        pytest.skip("integers are multiplied on compute capability 9.0, where its kernels are asked for")
+def compiled(hopper_kernels):
     keys = []
     for layer, _, _ in CASES:
         constants = halo_conv._variant(finished(made(layer, (1, 16, 32), device="cuda"))[0]).constants()

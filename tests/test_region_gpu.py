@@ -11,19 +11,13 @@ import torch
 from cases import replay_side_by_side
 
 from sf_compile.backend import analyse, styleforge
-from sf_compile.cuda import hopper, repeated
+from sf_compile.cuda import repeated
 from sf_compile.graph.rewrite import rewrite
 from sf_compile.graph.trunks import join
 from sf_compile.models import TransformerNet
 from sf_compile.options import Options
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        torch.cuda.is_available() and not hopper.available(0),
-        reason="elsewhere than on compute capability 9.0 convolutions are cuDNN's, and nothing is replayed",
-    ),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper_kernels")]
 
 
 @pytest.fixture

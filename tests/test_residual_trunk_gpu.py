@@ -12,17 +12,11 @@ from torch import Tensor
 
 from sf_compile import ops
 from sf_compile.backend import styleforge
-from sf_compile.cuda import hopper, loader, residual_trunk
+from sf_compile.cuda import loader, residual_trunk
 from sf_compile.models import TransformerNet
 
 EPS = 1e-5
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        torch.cuda.is_available() and not hopper.available(0),
-        reason="residual_trunk.cu is for compute capability 9.0",
-    ),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper_kernels")]
 
 
 class Trunk(NamedTuple):

@@ -8,7 +8,7 @@ from cases import relative_error
 from halo_layers import Layer, check, check_margins, compile_all, equal, fused, made, run
 from torch import nn
 
-from sf_compile.cuda import convolution, halo_conv, hopper
+from sf_compile.cuda import convolution, halo_conv
 from sf_compile.cuda.loader import loaded
 
 NAN = float("nan")
@@ -50,9 +50,7 @@ IDS = [why.replace(":", "").replace(" ", "-") for *_, why in CASES]
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    if not hopper.available(torch.cuda.current_device()):
-        pytest.skip("halo_conv.cu is for compute capability 9.0, and not asked for")
+def compiled(hopper_kernels):
     compile_all(
         [(layer, torch.float16) for layer, _, _ in CASES] + [(layer, torch.bfloat16) for layer in BFLOAT16]
     )

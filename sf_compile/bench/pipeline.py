@@ -17,8 +17,7 @@ import contextlib
 import copy
 import importlib.util
 import itertools
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +40,7 @@ from sf_compile.bench.rows import (
     rounded,
 )
 from sf_compile.bench.subject import SEED, Subject
-from sf_compile.bench.timing import Budget, synchronize
+from sf_compile.bench.timing import Budget, Consume, interleaved_rounds, synchronize
 from sf_compile.bench.work import Size, parse_sizes
 from sf_compile.pipeline import Convention, StylizePipeline, timeline
 
@@ -54,11 +53,9 @@ _INDUCTOR = "loop-inductor-max-autotune"
 _BACKENDS = {"compute": "styleforge", "pipeline": "styleforge", "loop": "styleforge",
              _INDUCTOR: "inductor-max-autotune"}  # fmt: skip
 
-Consume = Callable[[int], object]
-
 
 class _Runner(NamedTuple):
-    """A peer: ``consume(count)`` returns when ``count`` pictures are done."""
+    """A peer, and how far from float64 its network is."""
 
     name: str
     consume: Consume
@@ -123,7 +120,9 @@ def run_pipeline(
                 log(f"{where}: building {len(peers)} peers")
                 case = _Case(subject, size, dtype, device, where)
                 runners = [case.runner(name) for name in peers]
-                rates = _interleaved(runners, size.batch, budget, device)
+                rates = interleaved_rounds(
+                    {runner.name: runner.consume for runner in runners}, size.batch, budget, device
+                )
                 common = {**environment, **subject.row(), **size._asdict(), "dtype": dtype_name(dtype)}
                 del common["checkpoint"]
                 rows += _rows(runners, rates, common)
@@ -252,29 +251,6 @@ class _Case:
                     f"{self._where}: picture {index} of the pipeline differs from the loop's; nothing was "
                     "timed after it"
                 )
-
-
-def _interleaved(
-    runners: Sequence[_Runner], batch: int, budget: Budget, device: torch.device
-) -> dict[str, list[tuple[int, float]]]:
-    """(pictures, seconds) of each round of each runner."""
-    rates: dict[str, list[tuple[int, float]]] = {runner.name: [] for runner in runners}
-    counts = {}
-    for runner in runners:
-        runner.consume(4 * batch)
-        begin = time.perf_counter()
-        runner.consume(4 * batch)
-        each = (time.perf_counter() - begin) / 4
-        counts[runner.name] = batch * max(budget.least, min(4000, int(budget.seconds / budget.rounds / each)))
-    for _ in range(budget.rounds):
-        for runner in runners:
-            time.sleep(budget.pause)
-            synchronize(device)
-            runner.consume(batch * max(1, counts[runner.name] // batch // 10))
-            begin = time.perf_counter()
-            runner.consume(counts[runner.name])
-            rates[runner.name].append((counts[runner.name], time.perf_counter() - begin))
-    return rates
 
 
 def _rows(

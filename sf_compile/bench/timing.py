@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 Call = Callable[[Tensor], Any]
+Consume = Callable[[int], object]
+"""Returns when that many pictures are done."""
 
 MEBIBYTE = 2**20
 _MOST_HOST_CALLS = 50  # of a burst: the host's time varies little
@@ -148,6 +150,29 @@ def interleaved(
             sample.streaming += streaming_ms(call, rotation[name], streamed, device)
             sample.streamed += streamed
     return samples
+
+
+def interleaved_rounds(
+    consumers: Mapping[str, Consume], batch: int, budget: Budget, device: torch.device
+) -> dict[str, list[tuple[int, float]]]:
+    """(pictures, seconds) of each round of each of `consumers`, which take a multiple of `batch` pictures."""
+    rounds: dict[str, list[tuple[int, float]]] = {name: [] for name in consumers}
+    counts = {}
+    for name, consume in consumers.items():
+        consume(4 * batch)
+        begin = time.perf_counter()
+        consume(4 * batch)
+        each = (time.perf_counter() - begin) / 4
+        counts[name] = batch * max(budget.least, min(4000, int(budget.seconds / budget.rounds / each)))
+    for _ in range(budget.rounds):
+        for name, consume in consumers.items():
+            time.sleep(budget.pause)
+            synchronize(device)
+            consume(batch * max(1, counts[name] // batch // 10))
+            begin = time.perf_counter()
+            consume(counts[name])
+            rounds[name].append((counts[name], time.perf_counter() - begin))
+    return rounds
 
 
 def _warm(call: Call, values: Iterator[Tensor], seconds: float) -> float:

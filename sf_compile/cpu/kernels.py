@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from collections.abc import Callable, Sequence
-from ctypes import c_double, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import c_int64
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sf_compile.activations import parse
 from sf_compile.cpu import building
 from sf_compile.cpu.forms import WINOGRAD_CHANNELS
+from sf_compile.cpu.structures import (
+    Assemble,
+    Finish,
+    Groups,
+    Layout,
+    Statistics,
+    Winograd,
+    activation_of,
+    library_function,
+)
 from sf_compile.ops import reference
 from sf_compile.ops.library import empty_image
 from sf_compile.ops.normalize import Norm
@@ -23,82 +30,6 @@ DIRECT, SUBPIXEL, COLUMNS, WINOGRAD = range(4)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _MODES = {"zeros": 0, "reflect": 1, "replicate": 2}
-_FUNCTIONS = {
-    "none": 0, "relu": 1, "leaky_relu": 2, "hardtanh": 3, "clamp": 3, "tanh": 4, "sigmoid": 5, "silu": 6,
-    "gelu": 7, "gelu_tanh": 8, "elu": 9,
-}  # fmt: skip
-
-
-def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
-    return [(name, kind) for name in names.split()]
-
-
-class _Activation(ctypes.Structure):
-    _fields_ = (
-        ("function", c_int64), ("parameters", c_double * 2), ("scale", c_double), ("offset", c_double),
-    )  # fmt: skip
-
-
-# The arguments of each kernel: structs of the same names in csrc/cpu.
-class _Statistics(ctypes.Structure):
-    _fields_ = (
-        *_fields(c_void_p, "input mean variance"),
-        *_fields(c_int64, "dtype planar images channels pixels image_stride stride"),
-    )
-
-
-class _Groups(ctypes.Structure):
-    _fields_ = (
-        *_fields(c_void_p, "mean variance mean_out variance_out"),
-        *_fields(c_int64, "groups channels has_outer_eps"),
-        *_fields(c_double, "bessel outer_eps constant_root"),
-    )
-
-
-class _Finish(ctypes.Structure):
-    _fields_ = (
-        *_fields(c_void_p, "input residual output kept mean variance weight bias"),
-        *_fields(c_int64, "mean_stride weight_stride bias_stride dtype output_dtype planar"),
-        *_fields(c_int64, "images channels height width"),
-        *_fields(c_int64 * 3, "input_strides residual_strides"),
-        *_fields(c_int64, "upsample left right top bottom mode"),
-        ("eps", c_double), ("activation", _Activation),
-    )  # fmt: skip
-
-
-class _Assemble(ctypes.Structure):
-    _fields_ = (
-        *_fields(c_void_p, "input output bias mean variance"),
-        *_fields(c_int64, "dtype output_dtype form columns images channels height width"),
-        ("activation", _Activation),
-    )
-
-
-class _Layout(ctypes.Structure):
-    _fields_ = (
-        *_fields(c_void_p, "input output"),
-        *_fields(c_int64, "dtype images rows columns image_stride row_stride"),
-    )
-
-
-class _Winograd(ctypes.Structure):
-    _fields_ = (
-        *_fields(c_void_p, "input output weights bias mean variance"),
-        *_fields(c_int64, "output_dtype images channels out_channels height width"),
-        ("activation", _Activation),
-    )
-
-
-@functools.cache
-def _function(name: str, structure: type[ctypes.Structure]) -> Callable[..., None]:
-    library = building.library()
-    assert library is not None
-    size = getattr(library, f"styleforge_{name}_size")
-    size.restype = c_int64
-    assert size() == ctypes.sizeof(structure), f"{name}: the library and its caller differ"
-    function = getattr(library, f"styleforge_{name}")
-    function.argtypes, function.restype = (ctypes.POINTER(structure),), None
-    return function
 
 
 def take(x: Tensor) -> bool:
@@ -106,13 +37,6 @@ def take(x: Tensor) -> bool:
     # Autocast would hand the convolutions in between another dtype.
     known = x.dtype in _DTYPES and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
     return known and building.library() is not None
-
-
-@functools.lru_cache(maxsize=256)
-def _activation(text: str) -> _Activation:
-    found = parse(text)
-    parameters = (c_double * 2)(*found.parameters)
-    return _Activation(_FUNCTIONS[found.function], parameters, found.scale, found.offset)
 
 
 def _pointer(x: Tensor | None) -> int | None:
@@ -160,8 +84,8 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         return statistics(x.contiguous())
     planar = step == 1
     mean, variance = torch.empty((n, c), dtype=torch.float32), torch.empty((n, c), dtype=torch.float32)
-    _function("statistics", _Statistics)(
-        _Statistics(
+    library_function("statistics", Statistics)(
+        Statistics(
             x.data_ptr(), mean.data_ptr(), variance.data_ptr(), _DTYPES[x.dtype], planar, n, c, h * w,
             of_image, of_channel if planar else step,
         )
@@ -177,8 +101,8 @@ def norm_statistics(
     mean, variance = mean.contiguous(), variance.contiguous()
     out = torch.empty((n, c), dtype=torch.float32), torch.empty((n, c), dtype=torch.float32)
     groups = c if groups is None else groups
-    _function("groups", _Groups)(
-        _Groups(
+    library_function("groups", Groups)(
+        Groups(
             mean.data_ptr(), variance.data_ptr(), out[0].data_ptr(), out[1].data_ptr(), n * groups,
             c // groups, outer_eps is not None, bessel, outer_eps or 0.0, reference.CONSTANT_ROOT,
         )
@@ -195,8 +119,8 @@ def layout(x: Tensor, channels_last: bool) -> Tensor:
     if not is_other or c == 1 or pixels == 1 or x.dtype not in _DTYPES:
         return reference.layout(x, channels_last)
     output = empty_image(x.shape, x, channels_last)
-    _function("layout", _Layout)(
-        _Layout(
+    library_function("layout", Layout)(
+        Layout(
             x.data_ptr(), output.data_ptr(), _DTYPES[x.dtype], n, *((c, pixels) if planar else (pixels, c)),
             of_image, of_channel if planar else of_pixel,
         )
@@ -235,13 +159,14 @@ def finish(
     )  # fmt: skip
     same = dtype == x.dtype and upsample == 1 and not any(padding)
     kept = empty_image((n, c, h, w), x, channels_last) if keep and not same else None
-    _function("finish", _Finish)(
-        _Finish(
+    library_function("finish", Finish)(
+        Finish(
             x.data_ptr(), _pointer(residual), output.data_ptr(), _pointer(kept), _pointer(mean),
             _pointer(variance), _pointer(weight), _pointer(bias), _step(mean), _step(weight), _step(bias),
             _DTYPES[x.dtype], _DTYPES[dtype], not channels_last, n, c, h, w, _steps(x, channels_last),
             _NO_STEPS if residual is None else _steps(residual, channels_last),
-            upsample, left, right, top, bottom, _MODES[padding_mode], norm.eps, _activation(norm.activation),
+            upsample, left, right, top, bottom, _MODES[padding_mode], norm.eps,
+            activation_of(norm.activation),
         )
     )  # fmt: skip
     return output, output if keep and same else kept
@@ -264,10 +189,10 @@ def assemble(
     mean = variance = None
     if want_statistics:
         mean, variance = torch.empty((n, c), dtype=torch.float32), torch.empty((n, c), dtype=torch.float32)
-    _function("assemble", _Assemble)(
-        _Assemble(
+    library_function("assemble", Assemble)(
+        Assemble(
             result.data_ptr(), output.data_ptr(), _pointer(bias), _pointer(mean), _pointer(variance),
-            _DTYPES[result.dtype], _DTYPES[dtype], form, columns, n, c, h, w, _activation(activation),
+            _DTYPES[result.dtype], _DTYPES[dtype], form, columns, n, c, h, w, activation_of(activation),
         )
     )  # fmt: skip
     return output, mean, variance
@@ -299,10 +224,10 @@ def winograd(
     if want_statistics:
         mean = torch.empty(shape[:2], dtype=torch.float32)
         variance = torch.empty(shape[:2], dtype=torch.float32)
-    _function("winograd", _Winograd)(
-        _Winograd(
+    library_function("winograd", Winograd)(
+        Winograd(
             padded.data_ptr(), output.data_ptr(), weights.data_ptr(), _pointer(bias), _pointer(mean),
-            _pointer(variance), _DTYPES[dtype], n, c, *shape[1:], _activation(activation),
+            _pointer(variance), _DTYPES[dtype], n, c, *shape[1:], activation_of(activation),
         )
     )  # fmt: skip
     return output, mean, variance
