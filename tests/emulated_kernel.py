@@ -25,7 +25,7 @@ from sf_compile.cuda.compiler import source_directory
 EMULATION = Path(__file__).parent / "emulation"
 _SOURCES = (
     "mma_conv.cu", "mma_tile.cuh", "mma_statistics.cuh", "norm.cuh", "source.cuh", "channel_sums.cuh",
-    "last_conv.cu", "operand_chunk.cuh", "activation.cuh", "mma_ceiling.cu",
+    "last_conv.cu", "last_rows.cuh", "operand_chunk.cuh", "activation.cuh", "mma_ceiling.cu",
 )  # fmt: skip
 _LAST_BLOCK = """
 DEVICE bool completes(u32* count, u32 share, u32 whole, int thread, int threads, int barrier) {

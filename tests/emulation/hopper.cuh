@@ -1,4 +1,4 @@
-// csrc/hopper.cuh without its instructions: of them what last_conv.cu has.
+// csrc/hopper.cuh and csrc/wgmma.cuh without their instructions: of them what last_conv.cu has.
 #pragma once
 #include <map>
 
