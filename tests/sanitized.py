@@ -5,8 +5,11 @@ Launches every kind of kernel of one family once, on small pictures, and prints 
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import halo_layers
@@ -15,7 +18,7 @@ import quantized_layers
 import torch
 from test_residual_trunk_gpu import made as made_trunk
 
-from sf_compile.cuda import halo_conv, mma_conv, quantized_conv
+from sf_compile.cuda import cache, compiler, halo_conv, loader, mma_conv, quantized_conv
 from sf_compile.models import TransformerNet
 
 FAULTY = """
@@ -29,9 +32,13 @@ extern "C" __global__ void faulty(float* p, int beyond) {
 
 def faulty() -> Iterator[tuple[str, Callable[[], Any]]]:
     """A kernel that races in shared memory and writes where nothing is: both tools must see it."""
-    kernel = torch.cuda._compile_kernel(FAULTY, "faulty")
+    sources = Path(tempfile.mkdtemp(prefix="styleforge-sanitizer-"))
+    (sources / "faulty.cu").write_text(FAULTY)
+    compiler.source_directory = lambda: sources
+    os.environ[cache.CACHE_VARIABLE] = str(sources / "cache")
+    kernel = loader.load("faulty.cu", "faulty", {}, torch.cuda.current_device(), "Pi")
     memory = torch.zeros(256, device="cuda")
-    yield "faulty", lambda: kernel((1, 1, 1), (256, 1, 1), [memory, 1 << 20])
+    yield "faulty", lambda: kernel.launch((1, 1, 1), 256, 0, (memory.data_ptr(), 1 << 20))
 
 
 def halo() -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -153,6 +153,9 @@ def test_every_case_is_cut_so_that_it_fits_on_every_architecture():
             assert cut is not None
             assert cut.shared_bytes(variant.layer) <= shared
             assert cut.blocks * cut.threads * cut.registers(variant.layer) <= 65536
+            rows, columns = mma_conv._positions(a, variant)
+            tiles = n * -(-rows // cut.tile[0]) * -(-columns // cut.tile[1])
+            assert cut.blocks <= -(-tiles * cut.channel_blocks(variant.layer) // 108)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])

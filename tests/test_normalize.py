@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sf_compile.graph import spelling
 from sf_compile.graph.normalize import normalize, writes
+from sf_compile.graph.values import AUTOCAST
 
 CONV2D, PAD, RELU, ADD = spelling.CONV2D, spelling.PAD, spelling.RELU, spelling.ADD
 INTERPOLATE, INSTANCE_NORM, BATCH_NORM = spelling.INTERPOLATE, spelling.INSTANCE_NORM, spelling.BATCH_NORM
@@ -274,7 +275,7 @@ def test_mode_switches_are_barriers(dynamic, mode):
     assert names.count("_enter_autocast") == 2
     assert ("_enter_inference_mode" in names and "_exit_inference_mode" in names) or mode == "inference_mode"
     assert ("_set_grad_enabled" in names) == (mode == "grad")
-    inside = [node.target for node in normalized.graph.nodes if node.name in normalized.autocast]
+    inside = [node.target for node in normalized.graph.nodes if AUTOCAST in node.meta]
     assert CONV2D in inside and torch.sin in inside
     assert torch.cos not in inside and INSTANCE_NORM not in inside
 

@@ -81,7 +81,7 @@ def refusal(a: Arguments) -> str | None:
         if not (_sees_two(kh, top, bottom) and _sees_two(kw, left, right)):
             return f"a transposed {kh}x{kw} convolution padded by {tuple(a.padding)}"
     elif a.upsample == 2:
-        if (kh, kw) != (3, 3) or tuple(a.stride) != (1, 1) or tuple(a.padding) != (1, 1, 1, 1):
+        if not a.is_subpixel:
             return "an upsampling other than by 2, followed by a 3x3 convolution padded by 1"
     elif a.upsample != 1:
         return f"upsampling by {a.upsample}"

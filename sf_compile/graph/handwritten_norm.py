@@ -10,7 +10,7 @@ looks like a norm and is none is left alone, with the reason.
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import fx
@@ -20,17 +20,16 @@ from sf_compile.graph.expressions import is_number, read, readers, reads_shape, 
 from sf_compile.graph.norm_affine import Affine, follow
 from sf_compile.graph.norm_forms import NormForm, norm_at
 from sf_compile.graph.picture_norm import picture_norm
-from sf_compile.graph.values import Miss, dense, same_shape, value_of
+from sf_compile.graph.values import AUTOCAST, Miss, dense, same_shape, value_of
 from sf_compile.graph.walls import Walls
 
 log = logging.getLogger(__name__)
 
 
-def gather(graph: fx.Graph, barriers: Sequence[fx.Node], autocast: Container[str]) -> list[Miss]:
+def gather(graph: fx.Graph, barriers: Sequence[fx.Node]) -> list[Miss]:
     """Put every hand-written norm of ``graph`` into one node; returns what was left alone, and why.
 
-    ``barriers`` are the nodes that write in place or switch a mode, ``autocast`` the names of the nodes
-    inside an autocast region.
+    ``barriers`` are the nodes that write in place or switch a mode.
     """
     walls = Walls(graph, barriers)
     misses: list[Miss] = []
@@ -44,7 +43,7 @@ def gather(graph: fx.Graph, barriers: Sequence[fx.Node], autocast: Container[str
             misses += affine.misses
             if norm.known and affine.end is node:
                 continue
-            reason = _refusal(norm, affine, walls, autocast)
+            reason = _refusal(norm, affine, walls)
             if reason is None:
                 gone |= _replace(graph, norm, affine, walls)
             else:
@@ -52,7 +51,7 @@ def gather(graph: fx.Graph, barriers: Sequence[fx.Node], autocast: Container[str
     return misses
 
 
-def _refusal(norm: NormForm, affine: Affine, walls: Walls, autocast: Container[str]) -> str | None:
+def _refusal(norm: NormForm, affine: Affine, walls: Walls) -> str | None:
     """Why a norm that was found is left as it is; None where it is not."""
     inside = {*norm.nodes, *affine.nodes}
     end = affine.end
@@ -61,7 +60,7 @@ def _refusal(norm: NormForm, affine: Affine, walls: Walls, autocast: Container[s
         return f"a norm of {picture.dtype} in {value.dtype}"
     if not dense(value):
         return "a norm whose result is neither contiguous nor channels_last"
-    if torch.is_autocast_enabled(picture.device.type) or any(x.name in autocast for x in (*inside, end)):
+    if torch.is_autocast_enabled(picture.device.type) or any(AUTOCAST in x.meta for x in (*inside, end)):
         return "autocast around a hand-written norm"
     for node in (*norm.nodes, *affine.nodes):
         others = [user.name for user in readers(node) if user not in inside and user is not end]

@@ -249,8 +249,7 @@ class _Finder:
         bare = site.norm is None and site.upsample is None and not padding
         if bare and not self.finishes(site.input) and not self.ends_in_a_kernel(site):
             return "a convolution with nothing around it that fusion saves"
-        mixed = None if site.conv is None else safety.mixed_dtypes(site.conv, self.graph)
-        return mixed or safety.overwritten(site, self.graph, self.order)
+        return safety.overwritten(site, self.graph, self.order)
 
     def finishes(self, input: fx.Node) -> bool:
         """Whether a reader of ``input`` can apply the norm or the addition of the site that makes it."""

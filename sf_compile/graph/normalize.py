@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 import logging
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from sf_compile.graph import handwritten_norm
 from sf_compile.graph.signatures import canonical
 from sf_compile.graph.spelling import ADD, FRESH, WITH_NUMBER, Spelling, is_identity
-from sf_compile.graph.values import Miss, same_shape, value_of
+from sf_compile.graph.values import AUTOCAST, Miss, same_shape, value_of
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,6 @@ class NormalizedGraph:
         canonical: The nodes in canonical form; any other node with such a target (``torch.add`` of
             a number, say) means something else.
         barriers: Nodes that write into a tensor or switch a mode, in graph order.
-        autocast: For which devices it is on (True) or off, by name of every node inside an autocast region.
         misses: What looks like a hand-written norm and is left as it is, with the reason.
     """
 
@@ -67,7 +65,6 @@ class NormalizedGraph:
     graph: fx.Graph
     canonical: frozenset[fx.Node]
     barriers: tuple[fx.Node, ...]
-    autocast: Mapping[str, Mapping[str, bool]]
     misses: tuple[Miss, ...] = ()
 
     def as_module(self) -> fx.GraphModule:
@@ -89,7 +86,8 @@ def normalize(gm: fx.GraphModule, example_inputs: list[Any] | None = None) -> No
         value, original_output = output
         graph.output(value).meta.update(original_output.meta)
     _record_values(gm, graph, example_inputs)
-    misses = handwritten_norm.gather(graph, barriers(graph), _autocast_regions(graph))
+    _mark_autocast(graph)
+    misses = handwritten_norm.gather(graph, barriers(graph))
     respelled: set[fx.Node] = set()
     for node in list(graph.nodes):
         if is_identity(node):
@@ -105,7 +103,7 @@ def normalize(gm: fx.GraphModule, example_inputs: list[Any] | None = None) -> No
         respelled.add(node)
     graph.lint()
     return NormalizedGraph(
-        gm, graph, frozenset(respelled), barriers(graph), _autocast_regions(graph), tuple(misses)
+        gm, graph, frozenset(respelled), barriers(graph), tuple(misses)
     )
 
 
@@ -218,8 +216,8 @@ def written(node: fx.Node) -> fx.Node | None:
     return inputs[0] if inputs else None
 
 
-def _autocast_regions(graph: fx.Graph) -> dict[str, Mapping[str, bool]]:
-    inside: dict[str, Mapping[str, bool]] = {}
+def _mark_autocast(graph: fx.Graph) -> None:
+    """Tell every node inside an autocast region so."""
     regions: list[dict[str, bool]] = []
     for node in graph.nodes:
         if node.target is _ENTER_AUTOCAST:
@@ -228,5 +226,4 @@ def _autocast_regions(graph: fx.Graph) -> dict[str, Mapping[str, bool]]:
         elif node.target is _EXIT_AUTOCAST:
             regions.pop()
         elif regions:
-            inside[node.name] = regions[-1]
-    return inside
+            node.meta[AUTOCAST] = regions[-1]

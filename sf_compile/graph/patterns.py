@@ -28,7 +28,15 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from sf_compile.activations import Activation
 from sf_compile.graph import spelling
 from sf_compile.graph.steps import Activate, Add, Affine, Conv, ConvTranspose, Pad, Upsample
-from sf_compile.graph.values import AUTOCAST_DTYPES, Miss, arguments_of, dense, not_a_picture, value_of
+from sf_compile.graph.values import (
+    AUTOCAST_DTYPES,
+    Miss,
+    arguments_of,
+    autocast_is_on,
+    dense,
+    not_a_picture,
+    value_of,
+)
 
 # Beyond 8, floor(i * (1 / factor)) in float32 has not been shown to equal i // factor.
 UPSAMPLE_FACTORS = (2, 3, 4, 5, 6, 7, 8)
@@ -137,8 +145,11 @@ def _operands(node: fx.Node, input: Any, weight: Any, bias: Any, stride: Any) ->
         return Miss(node.name, "convolution without a weight in the graph")
     if not all(isinstance(value_of(n), torch.Tensor) for n in (input, weight, bias) if n is not None):
         return Miss(node.name, "convolution of something without a recorded shape")
-    dtypes = {value_of(n).dtype for n in (node, input, weight, bias) if n is not None}
+    operands = {value_of(n).dtype for n in (input, weight, bias) if n is not None}
+    dtypes = operands | {value_of(node).dtype}
     by_autocast = value_of(node).dtype in AUTOCAST_DTYPES and dtypes <= AUTOCAST_DTYPES | {torch.float32}
+    if len(operands) > 1:  # a shape may be recorded of what eager refuses: nothing is multiplied for it
+        by_autocast = by_autocast and autocast_is_on(node, value_of(node).device.type)
     if len(dtypes) > 1 and not by_autocast:
         mixed = ", ".join(sorted(map(str, dtypes)))
         return Miss(node.name, f"convolution that mixes dtypes: {mixed}")

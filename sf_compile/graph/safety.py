@@ -9,7 +9,6 @@ from torch import Tensor, fx
 
 from sf_compile.graph.normalize import NormalizedGraph, writes, written
 from sf_compile.graph.sites import Match
-from sf_compile.graph.steps import Conv
 from sf_compile.graph.values import value_of
 
 
@@ -20,20 +19,6 @@ def transform(graph: fx.Graph) -> str | None:
 
 def _is_functorch(node: fx.Node) -> bool:
     return "functorch" in (getattr(node.target, "__module__", None) or "")
-
-
-def mixed_dtypes(conv: Conv, graph: NormalizedGraph) -> str | None:
-    """Why eager refuses ``conv``, whose operands only autocast would bring to one dtype; None if it does not.
-
-    Shapes are recorded without multiplying anything: what no kernel takes has one nevertheless.
-    """
-    operands = [n for n in (conv.input, conv.weight, conv.bias) if n is not None]
-    dtypes = {value_of(n).dtype for n in operands}
-    device = value_of(conv.node).device.type
-    region = graph.autocast.get(conv.node.name, {})
-    if len(dtypes) == 1 or region.get(device, torch.is_autocast_enabled(device)):
-        return None
-    return f"convolution that mixes dtypes outside of autocast: {', '.join(sorted(map(str, dtypes)))}"
 
 
 def overwritten(site: Match, graph: NormalizedGraph, order: Mapping[fx.Node, int]) -> str | None:

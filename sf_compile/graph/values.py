@@ -15,6 +15,10 @@ DEVICES = ("cpu", "cuda")
 AUTOCAST_DTYPES = frozenset({torch.float16, torch.bfloat16})
 
 
+# In a node's ``meta``, of those inside an autocast region: for which devices it is on (True), and off.
+AUTOCAST = "sf_compile_autocast"
+
+
 @dataclass(frozen=True)
 class Miss:
     """``node`` is left as it is, because of ``reason``."""
@@ -40,6 +44,12 @@ def arguments_of(node: fx.Node) -> tuple[Any, ...]:
 def value_of(node: Any) -> Any:
     """The fake tensor (or symbolic number) that Dynamo recorded for ``node``; None if it has none."""
     return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def autocast_is_on(node: fx.Node, device: str) -> bool:
+    """Whether autocast is on for such devices at ``node``, by a region of the graph or around it all."""
+    region: dict[str, bool] = node.meta.get(AUTOCAST, {})
+    return region.get(device, torch.is_autocast_enabled(device))
 
 
 def same_shape(a: Any, b: Any) -> bool:
