@@ -147,7 +147,9 @@ def test_nan_and_infinity_are_pytorchs(activation):
     norm = Norm(None, None, None, None, 0.0, activation)
     for layout in LAYOUTS:
         got, _ = kernels.finish(x, norm, None, layout == "channels_last")
-        torch.testing.assert_close(got, reference.normalize(x, *norm, None), equal_nan=True)
+        with torch.backends.mkldnn.flags(enabled=False):  # oneDNN's gelu(inf) is NaN with AVX-512
+            expected = reference.normalize(x, *norm, None)
+        torch.testing.assert_close(got, expected, equal_nan=True)
     assert str(parse(activation)) == activation
 
 

@@ -8,17 +8,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import fuzz.backend
+import fuzz.properties
 import pytest
 import torch
 from fuzz.networks import programs
 from fuzz.programs import Program, printed
-from fuzz.properties import check, check_explained
+from fuzz.properties import Run, check, check_explained
+from fuzz.rounding import MORE_RUNS, RUNS, noise
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from torch import nn
 
 EXAMPLES = int(os.environ.get("STYLEFORGE_FUZZ_EXAMPLES", "0"))
 SEED = int(os.environ.get("STYLEFORGE_FUZZ_SEED", "0"))
@@ -132,6 +137,49 @@ def test_what_the_fallback_alone_refuses_is_no_fault_of_the_backend():
         results=("t2",), grad="inference_mode", fallback="aot_eager",
     )  # fmt: skip
     assert check(program) and check(replace(program, fallback="eager"))
+
+
+@pytest.mark.gpu
+def test_a_write_that_the_fallback_alone_refuses_is_no_fault_of_the_backend():
+    """Eager on a GPU writes a number to a column of a picture whose images are one (torch 2.11)."""
+    program = Program(
+        (), ("x[..., 0] = 1",), ("x",), ((2, 32, 32, 32),),
+        device="cuda", dtype="float16", layout="expanded", fallback="aot_eager",
+    )  # fmt: skip
+    assert not check(program)
+
+
+def test_a_sum_of_what_cancels_is_known_to_be_rounded():
+    x = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(512)
+
+    def run():
+        return [x.mean() + 1e-6]
+
+    (worst,) = noise(run, run(), torch.float32)
+    assert 1e-3 < worst < 1
+
+
+def test_a_pixel_that_may_cross_a_bend_is_found_by_more_runs():
+    just_below = torch.tensor([1 - 0.8 * torch.finfo(torch.float32).eps], dtype=torch.float64)
+
+    def run():  # one rounding in ten carries it past the step at 1
+        return [1 + (just_below * 1 > 1).double()]
+
+    assert noise(run, run(), torch.float32, MORE_RUNS)[0] > 0.5
+
+
+@pytest.mark.parametrize("explained", [RUNS, MORE_RUNS, MORE_RUNS + 1])
+def test_an_error_that_rounding_explains_is_no_fault(explained, monkeypatch):
+    """What few runs do not explain is asked of more, and of no more than those."""
+    monkeypatch.setattr(
+        fuzz.properties, "noise", lambda run, exact, dtype, runs: [float(runs >= explained)] * len(exact)
+    )
+    exact, off = torch.ones(4), torch.full((4,), 1.01)
+    runs = [Run((out,), {"output 0": out}, {}, None) for out in (exact, off)]
+    loaded = SimpleNamespace(network=lambda: nn.Identity(), picture=lambda size: torch.ones(4))
+    monkeypatch.setattr(fuzz.properties, "call", lambda *_: runs[0])
+    with nullcontext() if explained <= MORE_RUNS else pytest.raises(AssertionError, match="rounding"):
+        fuzz.properties._check_numbers(STYLE, loaded, (4,), *runs, True)
 
 
 def test_a_failing_network_is_printed_as_a_file_that_runs_alone(tmp_path):

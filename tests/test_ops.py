@@ -197,6 +197,24 @@ def test_nan_and_infinity_reach_the_output_as_in_eager(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gradient_of_nan_reaches_no_more_weights_than_in_eager(layout, device):
+    """The taps that see nothing but zero padding keep their gradient of 0, where eager's do."""
+    dtype = torch.float16 if device == "cuda" else torch.bfloat16
+    x = torch.randn(1, 32, 2, 2, device=device, dtype=dtype)
+    x = x.contiguous(memory_format=MEMORY_FORMATS[layout])
+    weight = torch.randn(5, 32, 3, 3, device=device, dtype=dtype, requires_grad=True)
+    norm = (None,) * 4
+    fused = ops.conv2d(
+        x, weight, None, *norm, 1.0, "none", None, 1, [1] * 4, "zeros", [2, 2], "none", False, False,
+        layout == "channels_last",
+    )[0]  # fmt: skip
+    both = fused, F.conv2d(x, weight, stride=2, padding=1)
+    ours, eager = (torch.autograd.grad(y, weight, torch.full_like(y, torch.nan))[0].isnan() for y in both)
+    assert ours.any() and not (ours & ~eager).any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_constant_channels_give_the_bias(layout, device):
     for dtype in DTYPES:
         x = torch.full((2, 4, 8, 8), 200.0, dtype=dtype, device=device)

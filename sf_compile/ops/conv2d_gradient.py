@@ -69,6 +69,9 @@ def backward(
             padding = [0, 0, 0, 0]
             sizes, output_sizes, cuts = reference.transposed_sizes(a.stride, a.padding)
             grad = torch.nn.functional.pad(grad, cuts)
+        elif a.padding_mode == "zeros" and padding[::2] == padding[1::2] and min(padding) >= 0:
+            # PyTorch's own padding: no copy, and a gradient of NaN is not multiplied by the zeros.
+            padding, sizes = [0, 0, 0, 0], padding[2::-2]
         padded = reference.moved(z, a.upsample, padding, a.padding_mode)
         if _misread_by_onednn(a):
             grad, padded, weight = grad.contiguous(), padded.contiguous(), weight.contiguous()
