@@ -38,9 +38,9 @@ class Loaded:
     load_seconds: float
 
 
-@pytest.mark.parametrize(("first_size", "expected"), [(True, (0.5, 0.25)), (False, (None, None))])
+@pytest.mark.parametrize(("unloaded", "expected"), [(True, (0.5, 0.25)), (False, (None, None))])
 def test_the_kernels_share_of_a_first_call_is_its_own(
-    first_size: bool, expected: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unloaded: bool, expected: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, *made = (Loaded(seconds) for seconds in (9.0, 0.375, 0.125))
     loaded = [before]
@@ -60,11 +60,11 @@ def test_the_kernels_share_of_a_first_call_is_its_own(
     monkeypatch.setattr(building.loader, "loaded", lambda: tuple(loaded))
     monkeypatch.setattr(building.loader, "reload", reload)
     peer = dataclasses.replace(PEERS["styleforge"], build=backend)
-    built = building.build(peer, torch.nn.Identity(), torch.zeros(1), tmp_path, first_size=first_size)
+    built = building.build(peer, torch.nn.Identity(), torch.zeros(1), tmp_path, unloaded=unloaded)
     assert (built.kernels_cold_s, built.kernels_warm_s) == expected
     # From the cubins that the cold call has left.
     assert all(str(folder).startswith(str(tmp_path)) for folder in reloaded_from)
-    assert len(reloaded_from) == (2 if first_size else 0)
+    assert len(reloaded_from) == (2 if unloaded else 0)
 
 
 def test_a_precision_is_timed_against_eager_in_it(tmp_path: Path) -> None:
@@ -76,6 +76,24 @@ def test_a_precision_is_timed_against_eager_in_it(tmp_path: Path) -> None:
     assert eager["dtype"] == styleforge["dtype"] == "float32"
     assert eager["error_vs_float64"] < 1e-4 < styleforge["error_vs_float64"]
     assert run_bench("--suite", "layers", "--precision", "fp16") == 1
+
+
+def test_precisions_are_timed_side_by_side(tmp_path: Path, capsys) -> None:
+    output = tmp_path / "rows.json"
+    arguments = ("--sizes", "32x36", "--width", "8", "--blocks", "1", "--peers", "eager,styleforge")
+    assert run_bench(*arguments, "--precision", "auto,fp16,bf16", "--output", str(output)) == 0
+    rows = json.loads(output.read_text())
+    assert [(row["peer"], row["precision"]) for row in rows] == [
+        ("eager", "auto"), ("styleforge", "auto"), ("styleforge", "fp16"), ("styleforge", "bf16"),
+    ]  # fmt: skip
+    errors = [row["error_vs_float64"] for row in rows]
+    assert errors[1] < 1e-4 < errors[2] < errors[3]
+    assert len({row["run"] for row in rows}) == 1
+    # Kernels of one may serve another, so no compilation is a cold one.
+    assert all(row["compile_cold_s"] is None and row["kernels_cold_s"] is None for row in rows)
+    with pytest.raises(SystemExit):
+        run_bench(*arguments, "--precision", "fp16,half")
+    assert "'half' is not a precision; choose from auto, fp16" in capsys.readouterr().err
 
 
 def test_integers_are_held_to_their_distance_from_fp16(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -2,7 +2,8 @@
 
 `compile_cold_s` is the first call of a compiled peer, with every disk cache (styleforge's, Inductor's,
 Triton's) in an empty folder. styleforge also keeps the kernels it loaded for as long as the process
-lives, and they serve every size: its cold time is taken at the first size of a run only.
+lives, and they serve every size: its cold time is taken at the first size of a run only, and of none that
+compares several precisions.
 `compile_warm_s` is the first call of a second compilation after ``torch._dynamo.reset()``, with the
 folder as the cold one left it, in the same process. It is taken for styleforge only, because Inductor's
 would double minutes.
@@ -44,7 +45,7 @@ class Built:
     kernels_warm_s: float | None = None
 
 
-def build(peer: Peer, model: nn.Module, example: Tensor, caches: Path, *, first_size: bool) -> Built:
+def build(peer: Peer, model: nn.Module, example: Tensor, caches: Path, *, unloaded: bool) -> Built:
     """Build a peer's callable and make its first call, timed where that compiles.
 
     Args:
@@ -52,7 +53,8 @@ def build(peer: Peer, model: nn.Module, example: Tensor, caches: Path, *, first_
         model: the network, in the peer's layout and in eval mode.
         example: an input in the same dtype and layout.
         caches: a folder under which the disk caches go.
-        first_size: false where this process has built `peer` in this dtype for another size.
+        unloaded: false where this process may have loaded kernels that serve `peer`, for another size or
+            precision.
     """
     if not peer.compiles:
         call = peer.build(model)
@@ -68,7 +70,7 @@ def build(peer: Peer, model: nn.Module, example: Tensor, caches: Path, *, first_
         torch._dynamo.reset()
         call = peer.build(model)
         warm = first_call_seconds(call, example)
-        if not first_size:
+        if not unloaded:
             return Built(call, None, warm)
         return Built(call, cold, warm, *_kernel_seconds(kernels))
 

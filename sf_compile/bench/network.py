@@ -169,6 +169,8 @@ def _runners(
         in_tf32 = run_in_tf32(copy.deepcopy(model).float(), pictures[-1].float()).to(dtype)
         eager_errors[torch.float32] = max(eager_errors[torch.float32], relative_error(in_tf32, reference))
 
+    # Kernels that one precision has loaded serve another.
+    unloaded = first_size and len({peer.precision for peer in peers if peer.row_name == "styleforge"}) == 1
     built: dict[tuple[Build, str], Built] = {}
     runners: dict[str, Runner] = {}
     # styleforge first: its warm compilation resets Dynamo, which would forget what others compiled.
@@ -177,7 +179,7 @@ def _runners(
         example = inputs[layout][0]
         key = (peer.build, layout)
         if key not in built:
-            built[key] = build(peer, models[layout], example, caches, first_size=first_size)
+            built[key] = build(peer, models[layout], example, caches, unloaded=unloaded)
             if built[key].compile_cold_s is not None:
                 log(f"{where}: {peer.name} compiled in {built[key].compile_cold_s:.1f} s")
         call, peak_mb = ready(peer, built[key].call, example)

@@ -121,15 +121,18 @@ def _has_cpp_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name)
 
 
-def of_precision(peers: Sequence[Peer], precision: str) -> list[Peer]:
-    """Return `peers`, those of this backend told to compute in `precision`."""
-    if precision == "auto":
-        return list(peers)
-    build = functools.partial(styleforge, precision=precision)
-    return [
-        replace(peer, build=build, precision=precision) if peer.row_name == "styleforge" else peer
-        for peer in peers
-    ]
+def of_precisions(peers: Sequence[Peer], precisions: Sequence[str]) -> list[Peer]:
+    """Return `peers`, in the place of each of this backend's one for every one of `precisions`."""
+    builds: dict[str, Build] = {name: functools.partial(styleforge, precision=name) for name in precisions}
+    made: list[Peer] = []
+    for peer in peers:
+        if peer.row_name != "styleforge":
+            made.append(peer)
+            continue
+        for precision in precisions:
+            name = peer.name if precision == "auto" else f"{peer.name} in {precision}"
+            made.append(replace(peer, name=name, build=builds[precision], precision=precision))
+    return made
 
 
 PEERS: dict[str, Peer] = {

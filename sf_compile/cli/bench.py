@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,9 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--precision",
-        choices=PRECISIONS,
-        help="what styleforge computes in, whatever the dtype of the model; int8 is held to its min_psnr "
-        "(suite network; default: auto, as the model)",
+        type=_precisions,
+        help=f"what styleforge computes in, whatever the model's dtype: of {', '.join(PRECISIONS)}, by "
+        "commas, each a peer of its own; int8 is held to its min_psnr (suite network; default: auto, as "
+        "the model)",
     )
     parser.add_argument("--blocks", type=_count, help="residual blocks (suite network; default: 5)")
     parser.add_argument(
@@ -114,10 +115,18 @@ def _sizes(text: str) -> tuple[Size, ...]:
 
 
 def _dtypes(text: str) -> tuple[str, ...]:
+    return _names_of(text, DTYPES, "dtype")
+
+
+def _precisions(text: str) -> tuple[str, ...]:
+    return _names_of(text, PRECISIONS, "precision")
+
+
+def _names_of(text: str, known: Collection[str], what: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
-        if name not in DTYPES:
-            raise argparse.ArgumentTypeError(f"{name!r} is not a dtype; choose from {', '.join(DTYPES)}")
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} is not a {what}; choose from {', '.join(known)}")
     return names
 
 

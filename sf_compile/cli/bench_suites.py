@@ -68,7 +68,7 @@ def _network(
     arguments: argparse.Namespace, device: torch.device, dtypes: Sequence[torch.dtype], keep: Keep
 ) -> list[Row]:
     from sf_compile.bench import network
-    from sf_compile.bench.peers import of_precision
+    from sf_compile.bench.peers import of_precisions
     from sf_compile.bench.rows import BenchmarkError
     from sf_compile.bench.subject import Subject
 
@@ -81,7 +81,7 @@ def _network(
     return network.run_network(
         _sizes(arguments, device, network),
         dtypes,
-        of_precision(network.select_peers(arguments.peers, device, _log), arguments.precision or "auto"),
+        of_precisions(network.select_peers(arguments.peers, device, _log), arguments.precision or ("auto",)),
         device,
         subject=subject,
         budget=_budget(arguments),
