@@ -207,9 +207,18 @@ def bias_written_later(m: Net, x: Tensor) -> Any:
     return y
 
 
+def picture_written_later(m: Net, x: Tensor) -> Any:
+    picture = x * 2
+    y = F.relu(m.plain(m.conv(reflect(picture))))
+    picture[:, 1:3].zero_()
+    return m.plain(m.same(reflect(y)))
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-@pytest.mark.parametrize("body", [shift_written_later, skip_written_later, bias_written_later])
-def test_what_eager_only_adds_may_be_written_before_the_backward_pass(body, grad):
+@pytest.mark.parametrize(
+    "body", [shift_written_later, skip_written_later, bias_written_later, picture_written_later]
+)
+def test_what_eager_only_adds_or_pads_may_be_written_before_the_backward_pass(body, grad):
     model, x = Net(body), torch.randn(SHAPE)
     with torch.set_grad_enabled(grad):
         ours = assert_eagers(model, x).ours[0]

@@ -24,18 +24,20 @@ def _is_functorch(node: fx.Node) -> bool:
 def overwritten(site: Match, graph: NormalizedGraph, order: Mapping[fx.Node, int]) -> str | None:
     """Why ``site`` could not be differentiated where eager can; None where it can be.
 
-    A fused op keeps its operands for the backward pass. What eager only adds, it does not keep, and what
-    writes to it later then does no harm. ``order`` has the place of every node of the graph.
+    A fused op keeps its operands for the backward pass. What eager only adds, or pads without recording it,
+    it does not keep, and what writes to it later then does no harm. ``order`` has the place of every node of
+    the graph.
     """
     switches = any(node.target is torch._C._set_grad_enabled for node in graph.barriers)
     if not (torch.is_grad_enabled() or switches):
         return None
-    added = [
+    operands = [
+        site.input,
         None if site.conv is None else site.conv.bias,
         None if site.norm is None else site.norm.bias,
         None if site.add is None else site.add.residual,
     ]
-    kept = {_memory(node): node.name for node in added if node is not None}
+    kept = {_memory(node): node.name for node in operands if node is not None}
     for node in graph.barriers:
         if writes(node) and order[node] > order[site.anchor]:
             memory = _memory(written(node))
