@@ -190,6 +190,7 @@ CONVOLUTIONS = [
     pytest.param(20, 3, 7, 1, 1, [3] * 4, "reflect", "tanh * 150.0 + 127.5", False, id="last-tanh"),
     pytest.param(20, 1, 5, 1, 1, [2, 1, 0, 2], "zeros", "sigmoid", True, id="last-one-channel"),
     pytest.param(8, 16, 1, 1, 3, [0] * 4, "zeros", "leaky_relu(0.2)", True, id="1x1"),
+    pytest.param(8, 3, 1, 1, 1, [0] * 4, "zeros", "tanh", False, id="three-channels"),
 ]
 
 
@@ -253,6 +254,29 @@ def test_a_transposed_convolution_is_finished_and_measured(last):
             True,
         )
         compare(a, doubled(a), 2e-6 if dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("upsample", "size", "kept", "made_anew"),
+    [
+        (1, 15, kernels.DIRECT, kernels.DIRECT), (1, 16, kernels.WINOGRAD, kernels.DIRECT),
+        (1, 127, kernels.WINOGRAD, kernels.DIRECT), (1, 128, kernels.WINOGRAD, kernels.WINOGRAD),
+        (2, 8, kernels.SUBPIXEL, kernels.DIRECT), (2, 126, kernels.SUBPIXEL, kernels.DIRECT),
+        (2, 128, kernels.SUBPIXEL, kernels.SUBPIXEL),
+    ],
+)  # fmt: skip
+def test_weights_that_every_call_makes_anew_take_a_form_where_it_pays(
+    upsample, size, kept, made_anew, monkeypatch
+):
+    monkeypatch.setattr(convolution, "is_winograd", lambda *_: True)  # whatever this CPU's vectors
+    weight = torch.randn(32, 32, 3, 3)
+    with torch.inference_mode():
+        unversioned = torch.nn.Parameter(weight.clone(), False)
+    x = torch.empty(1, 32, size // upsample, size // upsample)
+    moves = (upsample, [1] * 4, "reflect", [1, 1], "none", True)
+    for each, form in ((torch.nn.Parameter(weight), kept), (weight, made_anew), (unversioned, made_anew)):
+        a = Arguments(x, each, None, None, None, None, None, 1e-5, "none", None, *moves, False, True)
+        assert convolution.form_of(a, torch.float32) == form
 
 
 @built

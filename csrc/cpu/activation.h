@@ -14,12 +14,16 @@ struct Activation {
   double scale, offset;
 };
 
-// What a loop is compiled for: no activation, a ReLU, or any of them by a switch.
-enum Kind { PLAIN, RECTIFIED, ANY };
+// What a loop is compiled for: no activation, a ReLU, a leaky one, or any of them by a switch.
+enum Kind { PLAIN, RECTIFIED, LEAKY, ANY };
 
 inline Kind kind_of(const Activation& a) {
-  if (a.scale != 1 || a.offset != 0 || a.function > RELU) return ANY;
-  return a.function == RELU ? RECTIFIED : PLAIN;
+  static_assert(NONE == int(PLAIN) && RELU == int(RECTIFIED) && LEAKY_RELU == int(LEAKY));
+  return a.scale != 1 || a.offset != 0 || a.function > LEAKY_RELU ? ANY : static_cast<Kind>(a.function);
+}
+
+inline Floats leaky(Floats x, const Activation& a) {
+  return Floats::blendv(x * Floats(static_cast<float>(a.parameters[0])), x, x > Floats(0.f));
 }
 
 inline Floats sigmoid(Floats x) { return Floats(1.f) / (Floats(1.f) + x.neg().exp()); }
@@ -28,7 +32,7 @@ inline Floats apply_any(Floats x, const Activation& a) {
   const Floats p(static_cast<float>(a.parameters[0])), zero(0.f), one(1.f), half(.5f);
   switch (a.function) {
     case RELU: x = at::vec::clamp_min(x, zero); break;
-    case LEAKY_RELU: x = Floats::blendv(x * p, x, x > zero); break;
+    case LEAKY_RELU: x = leaky(x, a); break;
     case BOUNDS: x = at::vec::clamp(x, p, Floats(static_cast<float>(a.parameters[1]))); break;
     case TANH: x = x.tanh(); break;
     case SIGMOID: x = sigmoid(x); break;
@@ -49,5 +53,6 @@ template <Kind kind>
 inline Floats apply(Floats x, const Activation& a) {
   if constexpr (kind == PLAIN) return x;
   if constexpr (kind == RECTIFIED) return at::vec::clamp_min(x, Floats(0.f));
+  if constexpr (kind == LEAKY) return leaky(x, a);
   return apply_any(x, a);
 }

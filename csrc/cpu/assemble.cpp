@@ -14,7 +14,7 @@ enum Form : int64_t { DIRECT, SUBPIXEL, COLUMNS };
 struct Assemble {
   const void* input;
   void* output;
-  const float* bias;                    // null for none
+  const float* bias;                    // null for none, and in the form DIRECT
   float *mean, *variance;               // null if nobody asked
   int64_t dtype, output_dtype, form, columns;
   int64_t images, channels, height, width;  // of the output
@@ -45,8 +45,11 @@ struct Pass {
     const In* input = static_cast<const In*>(a.input);
     const int64_t c = a.channels;
     if (a.form == DIRECT) {
-      const In* from = input + (image * a.height + y) * a.width * c;
-      for (int64_t x = first; x < last; x++) pixel(from + x * c, to + (x - first) * c);
+      // oneDNN has added the bias: all numbers are alike, however few a pixel has.
+      const In* from = input + ((image * a.height + y) * a.width + first) * c;
+      const int64_t numbers = (last - first) * c, whole = numbers / LANES * LANES;
+      for (int64_t i = 0; i < whole; i += LANES) vector(from, to, i, LANES);
+      if (whole < numbers) vector(from, to, whole, numbers - whole);
     } else if (a.form == SUBPIXEL) {
       const int64_t p = y & 1, row = (image * (a.height / 2 + 1) + y / 2 + p) * (a.width / 2 + 1);
       for (int64_t x = first; x < last; x++) {

@@ -176,6 +176,7 @@ void run(const Finish& a) {
   switch (kind_of(a.activation)) {
     case PLAIN: return Pass<PLAIN, T, Out>{a, affine}.run();
     case RECTIFIED: return Pass<RECTIFIED, T, Out>{a, affine}.run();
+    case LEAKY: return Pass<LEAKY, T, Out>{a, affine}.run();
     default: return Pass<ANY, T, Out>{a, affine}.run();
   }
 }

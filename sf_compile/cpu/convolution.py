@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sf_compile.cpu import kernels
 from sf_compile.cpu.forms import is_winograd
-from sf_compile.cuda.packing import packed
+from sf_compile.cuda.packing import is_kept, packed
 from sf_compile.ops import reference
 from sf_compile.ops.conv2d_arguments import Arguments
 from sf_compile.ops.library import absent
@@ -31,6 +31,7 @@ from sf_compile.subpixel import is_subpixel, subpixel_weights
 _FEW_CHANNELS = 4
 _LEAST_COLUMNS = 5
 _WINOGRAD_LEAST_PIXELS = 256  # of the output; below, reading 16/9 of the weights costs more
+_PACKED_LEAST_PIXELS = 16384  # likewise; below, weights that each call packs anew cost more than they save
 
 
 @functools.cache
@@ -45,12 +46,13 @@ def form_of(a: Arguments, dtype: torch.dtype) -> int:
     kernel, stride = tuple(a.weight.shape[2:]), tuple(a.stride)
     if a.transposed or dtype != torch.float32 or stride != (1, 1):
         return kernels.DIRECT
+    n, _, height, width = _shape(a)
+    least = 0 if is_kept(a.weight) else _PACKED_LEAST_PIXELS
     if is_subpixel(kernel, stride, a.upsample, a.padding):
-        return kernels.SUBPIXEL
+        return kernels.SUBPIXEL if n * height * width >= least else kernels.DIRECT
     if a.out_channels <= _FEW_CHANNELS and kernel[1] >= _LEAST_COLUMNS:
         return kernels.COLUMNS
-    n, _, height, width = _shape(a)
-    enough = n * height * width >= _WINOGRAD_LEAST_PIXELS
+    enough = n * height * width >= max(least, _WINOGRAD_LEAST_PIXELS)
     if enough and is_winograd(kernel, stride, a.input.shape[1], a.out_channels):
         return kernels.WINOGRAD
     return kernels.DIRECT

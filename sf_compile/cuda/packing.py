@@ -52,13 +52,17 @@ def paused() -> threading.RLock:
     return _lock
 
 
-def packed(weight: Tensor, form: str, pack: Callable[[Tensor], Tensor]) -> Packed:
-    """``pack(weight)``, from a copy made earlier in the same ``form`` if the weight is still the same.
+def is_kept(weight: Tensor) -> bool:
+    """Whether a copy of ``weight`` serves later calls: of a ``torch.nn.Parameter`` that has a version.
 
-    Only of a ``torch.nn.Parameter`` with a version is a copy kept: generated code may write a tensor of its
-    own anew without a change of version.
+    Generated code may write a tensor of its own anew without a change of version.
     """
-    if weight.is_inference() or not isinstance(weight, torch.nn.Parameter):
+    return isinstance(weight, torch.nn.Parameter) and not weight.is_inference()
+
+
+def packed(weight: Tensor, form: str, pack: Callable[[Tensor], Tensor]) -> Packed:
+    """``pack(weight)``, from a copy made earlier in the same ``form`` if the weight is still the same."""
+    if not is_kept(weight):
         return Packed(pack(weight.detach()), False)
     with _lock:
         forms: dict[str, _Kept] = _packed.setdefault(weight, {})
@@ -93,8 +97,8 @@ def cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """``parameter`` in ``dtype``: itself, or a copy that is kept as packed ones are, and can be packed."""
     if parameter.dtype == dtype:
         return parameter
-    if parameter.is_inference() or not isinstance(parameter, torch.nn.Parameter):
-        return parameter.detach().to(dtype)  # none is kept
+    if not is_kept(parameter):
+        return parameter.detach().to(dtype)
     return packed(parameter, f"in {dtype}", functools.partial(_cast, dtype)).weight
 
 
