@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from sf_compile.bench import layers, replays, roofline
 from sf_compile.bench.layer_operands import Case, operands
 from sf_compile.bench.rows import LAYER_KEYS, Row
 from sf_compile.bench.work import Layer, Shape, Size, transformer_net_layers
-from sf_compile.cuda import hopper
+from sf_compile.cuda import convolution, first_conv, halo_conv, hopper, mma_conv
 from sf_compile.models import TransformerNet
 
 CPU = torch.device("cpu")
@@ -164,7 +165,6 @@ def test_layers_on_a_gpu(tmp_path: Path) -> None:
     assert len(written) == 2 * 2 * len(KINDS)
     assert all(0 < row["share_of_ceiling"] < 1.2 for row in written)
     index = torch.cuda.current_device()
-    fused = hopper.available(index)
     # Of float32 only where it is multiplied in TF32.
     counted = {"float16"} | ({"float32"} if tf32.allowed("auto") else set())
     for row in written:
@@ -173,9 +173,25 @@ def test_layers_on_a_gpu(tmp_path: Path) -> None:
         assert (row["mma_tflops"] is not None) == (row["share_of_mma"] is not None) == measured
         if measured:
             assert row["share_of_mma"] == pytest.approx(row["tflops"] / row["mma_tflops"], rel=1e-3)
-    assert {row["layer"] for row in written if row["arithmetic"] == "subpixel"} == (
-        {"up1+add", "up2"} if fused else set()
-    )
+    for row in written:
+        ours = any(name in (row["kernel"] or "") for name in ("halo_conv.cu", "mma_conv.cu"))
+        assert (row["arithmetic"] == "subpixel") == (row["layer"] in ("up1+add", "up2") and ours)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "out", "channels_last", "counted"),
+    [
+        (halo_conv, 3, True, True), (mma_conv, 32, True, True), (mma_conv, 12, True, False),
+        (mma_conv, 32, False, False), (first_conv, 32, True, False), (None, 32, True, False),
+    ],
+)  # fmt: skip
+def test_what_runs_as_four_small_convolutions_is_counted_so(kernel, out, channels_last, counted, monkeypatch):
+    monkeypatch.setattr(convolution, "choice", lambda a: SimpleNamespace(kernel=kernel))
+    a = SimpleNamespace(
+        input=SimpleNamespace(is_cuda=True), weight=torch.empty(out, 16, 3, 3), upsample=2, is_subpixel=True,
+        channels_last=channels_last,
+    )  # fmt: skip
+    assert layers._runs_subpixel(a) is counted
 
 
 # the plot

@@ -26,7 +26,7 @@ from sf_compile.bench.replays import calls_in_replay, repeated, rotating_sets
 from sf_compile.bench.rows import BenchmarkError, Keep, Log, Row, dtype_name, environment_of, forget, rounded
 from sf_compile.bench.timing import Budget, Sample, interleaved, sustained
 from sf_compile.bench.work import Size, parse_sizes, transformer_net_layers
-from sf_compile.cuda import convolution, halo_conv
+from sf_compile.cuda import convolution, halo_conv, mma_conv
 from sf_compile.ops.conv2d import conv2d as fused_conv2d
 from sf_compile.ops.conv2d_arguments import Arguments
 
@@ -220,7 +220,10 @@ def _fastest_algorithm() -> Iterator[None]:
 
 def _runs_subpixel(a: Arguments) -> bool:
     """Whether a fused kernel runs `a` as the four small convolutions that it equals."""
-    return a.upsample == 2 and a.input.is_cuda and convolution.choice(a).kernel is halo_conv
+    if a.upsample != 2 or not a.input.is_cuda:
+        return False
+    kernel = convolution.choice(a).kernel
+    return kernel is halo_conv or (kernel is mma_conv and mma_conv.runs_subpixel(a))
 
 
 def _kernel_of(a: Arguments) -> str | None:

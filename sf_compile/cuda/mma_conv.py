@@ -52,10 +52,14 @@ def _padded_size(a: Arguments, variant: Variant) -> tuple[int, int]:
     return a.input.shape[2] * factor + top + bottom, a.input.shape[3] * factor + left + right
 
 
+def runs_subpixel(a: Arguments) -> bool:
+    """Whether ``a`` runs as four 2x2 convolutions, where each product's eight columns are channels of one."""
+    return a.is_subpixel and a.channels_last and a.weight.shape[0] % 8 == 0
+
+
 def _variant(a: Arguments) -> Variant:
     o, c, kh, kw = a.weight.shape
-    # Each product's eight columns are channels of one parity.
-    subpixel = a.is_subpixel and a.channels_last and o % 8 == 0
+    subpixel = runs_subpixel(a)
     planar = not is_channels_last(a.input)
     channels_last = all(x is None or is_channels_last(x) for x in (a.input, a.residual))
     # Fresh outputs are aligned: what a store may take depends on the sizes alone.
