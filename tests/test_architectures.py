@@ -120,8 +120,10 @@ def test_results_are_eagers_and_the_model_is_untouched(name):
     results = (network.ours, network.eager, network.channels_last, network.exact)
     for ours, eager, channels_last, exact in zip(*results, strict=True):
         assert (ours.shape, ours.dtype, ours.stride()) == (eager.shape, eager.dtype, eager.stride())
-        # With AVX-512 oneDNN adds up wide contiguous layers in another order than those in channels_last.
-        allowed = max(relative_error(eager, exact), relative_error(channels_last, exact))
+        allowed = relative_error(eager, exact)
+        if torch.backends.cpu.get_cpu_capability() == "AVX512":
+            # There oneDNN adds up wide contiguous layers in another order than those in channels_last.
+            allowed = max(allowed, relative_error(channels_last, exact))
         assert relative_error(ours, exact) <= 1.25 * allowed + FLOOR
 
 

@@ -12,7 +12,7 @@ import torch
 from bench_command import run_bench
 
 from sf_compile.bench import building, checks, network
-from sf_compile.bench.peers import PEERS
+from sf_compile.bench.peers import PEERS, of_precisions
 from sf_compile.bench.rows import BenchmarkError
 from sf_compile.bench.subject import Subject
 from sf_compile.bench.work import Size, transformer_net_flop
@@ -94,6 +94,48 @@ def test_precisions_are_timed_side_by_side(tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit):
         run_bench(*arguments, "--precision", "fp16,half")
     assert "'half' is not a precision; choose from auto, fp16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "precisions", "expected"),
+    [
+        ("cpu", ("auto",), [True, False, False]),
+        ("cuda", ("auto",), [True, True, False]),
+        ("cuda", ("fp16",), [True, False, False]),
+        ("cuda", ("auto", "fp16"), [False, False, False]),
+    ],
+)
+def test_what_finds_kernels_loaded_is_not_cold(device, precisions, expected) -> None:
+    peers = of_precisions([PEERS["eager"], PEERS["styleforge"], PEERS["styleforge-graph"]], precisions)
+    built: set[torch.dtype] = set()
+    dtypes = (torch.float32, torch.float16, torch.float32)  # the last at another size
+    assert [network._unloaded(peers, dtype, torch.device(device), built) for dtype in dtypes] == expected
+
+
+def test_nothing_is_compiled_while_it_is_timed(monkeypatch) -> None:
+    """Dynamo forgets what was compiled for one precision when it compiles the next."""
+    graphs = torch._dynamo.utils.counters["stats"]
+    compiled: list[int] = []
+
+    def timed(runners, *_):
+        before = graphs["unique_graphs"]
+        for runner in runners:
+            runner.call(runner.inputs[0])
+        compiled.append(graphs["unique_graphs"] - before)
+        return []
+
+    monkeypatch.setattr(network, "_time", timed)
+    arguments = ("--sizes", "32x36", "--width", "8", "--blocks", "1", "--peers", "eager,styleforge")
+    assert run_bench(*arguments, "--precision", "auto,fp16,bf16") == 0
+    assert compiled == [0] and graphs["unique_graphs"] > 0
+
+
+def test_ratios_are_over_what_follows_the_model(tmp_path: Path, capsys) -> None:
+    arguments = ("--sizes", "32x36", "--width", "8", "--blocks", "1", "--peers", "styleforge", "--quick")
+    assert run_bench(*arguments, "--precision", "bf16,auto") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("styleforge ")]
+    (bf16,), (auto,) = ([line for line in lines if line[1] == name] for name in ("bf16", "auto"))
+    assert auto[9] == "1.00" and float(bf16[9]) == pytest.approx(float(bf16[4]) / float(auto[4]), rel=0.02)
 
 
 def test_integers_are_held_to_their_distance_from_fp16(tmp_path: Path, monkeypatch, capsys) -> None:

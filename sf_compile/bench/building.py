@@ -2,8 +2,8 @@
 
 `compile_cold_s` is the first call of a compiled peer, with every disk cache (styleforge's, Inductor's,
 Triton's) in an empty folder. styleforge also keeps the kernels it loaded for as long as the process
-lives, and they serve every size: its cold time is taken at the first size of a run only, and of none that
-compares several precisions.
+lives, and they serve every size: its cold time is taken at the first size of a run only, and only where
+one precision is timed.
 `compile_warm_s` is the first call of a second compilation after ``torch._dynamo.reset()``, with the
 folder as the cold one left it, in the same process. It is taken for styleforge only, because Inductor's
 would double minutes.

@@ -111,14 +111,16 @@ def run_network(
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches,
     ):
         computed = dict.fromkeys(peer.computes_in(dtype) for dtype in dtypes for peer in peers)
+        built: set[torch.dtype] = set()
         ceilings = measure_ceilings(device, tuple(dict.fromkeys((*dtypes, *computed))), quick=quick)
         log(str(ceilings))
         for size in sizes:
             for dtype in dtypes:
                 where = f"{size} {dtype_name(dtype)}"
                 log(f"{where}: building {len(peers)} peers")
+                unloaded = _unloaded(peers, dtype, device, built)
                 runners = _runners(
-                    subject.model, size, dtype, peers, device, Path(caches), size == sizes[0], where, log
+                    subject.model, size, dtype, peers, device, Path(caches), unloaded, where, log
                 )
                 common = {
                     **vars(environment),
@@ -134,6 +136,21 @@ def run_network(
     return rows
 
 
+def _unloaded(
+    peers: Sequence[Peer], dtype: torch.dtype, device: torch.device, built: set[torch.dtype]
+) -> bool:
+    """Whether none of styleforge's `peers` finds kernels loaded that another of this run has loaded before.
+
+    `built` are the dtypes that were computed in so far, to which theirs are added. On a CPU one library
+    has the kernels of all.
+    """
+    ours = [peer for peer in peers if peer.row_name == "styleforge"]
+    computed = {peer.computes_in(dtype) for peer in ours}
+    loaded = bool(built) if device.type == "cpu" else not built.isdisjoint(computed)
+    built |= computed
+    return not loaded and len({peer.precision for peer in ours}) <= 1
+
+
 def _runners(
     network: nn.Module,
     size: Size,
@@ -141,7 +158,7 @@ def _runners(
     peers: Sequence[Peer],
     device: torch.device,
     caches: Path,
-    first_size: bool,
+    unloaded: bool,
     where: str,
     log: Log,
 ) -> list[Runner]:
@@ -169,11 +186,10 @@ def _runners(
         in_tf32 = run_in_tf32(copy.deepcopy(model).float(), pictures[-1].float()).to(dtype)
         eager_errors[torch.float32] = max(eager_errors[torch.float32], relative_error(in_tf32, reference))
 
-    # Kernels that one precision has loaded serve another.
-    unloaded = first_size and len({peer.precision for peer in peers if peer.row_name == "styleforge"}) == 1
     built: dict[tuple[Build, str], Built] = {}
     runners: dict[str, Runner] = {}
-    # styleforge first: its warm compilation resets Dynamo, which would forget what others compiled.
+    # styleforge first: its warm compilation resets Dynamo, which forgets what others have compiled. Of
+    # several precisions all but the last are forgotten so: what is not captured is called once more below.
     for peer in sorted(peers, key=lambda peer: peer.row_name != "styleforge"):
         layout = peer.layout(dtype)
         example = inputs[layout][0]
@@ -189,12 +205,15 @@ def _runners(
             # Its promise is how close it comes to fp16, whose promise is the other; on a picture that its
             # scales are not of.
             plain = styleforge(models[layout], "fp16")(inputs[layout][-1])
-            check_output(peer.row_name, plain, reference, allowed, where)
-            psnr = check_psnr(peer.row_name, output, plain, Options().min_psnr, where)
+            check_output(peer.name, plain, reference, allowed, where)
+            psnr = check_psnr(peer.name, output, plain, Options().min_psnr, where)
             error = relative_error(output, reference)
         else:
-            error = check_output(peer.row_name, output, reference, allowed, where)
+            error = check_output(peer.name, output, reference, allowed, where)
         runners[peer.name] = Runner(peer, built[key], call, inputs[layout], peak_mb, error, psnr)
+    for runner in runners.values():
+        if runner.peer.compiles and not runner.peer.graphs:
+            runner.call(runner.inputs[0])
     return [runners[peer.name] for peer in peers]
 
 

@@ -61,10 +61,10 @@ def network_table(rows: Sequence[Row]) -> str:
             )
             for row in group
         ]
-        floor = group[0]["floor_ms"]
-        title = f"{_network(group[0])} {size} {dtype}, {condition}"
-        if floor is not None:
-            title += f"; floor {floor:.3f} ms at {group[0]['ceiling_tflops']:.4g} TFLOP/s"
+        plain = _as_the_model(group)[0]
+        title = f"{_network(plain)} {size} {dtype}, {condition}"
+        if plain["floor_ms"] is not None:
+            title += f"; floor {plain['floor_ms']:.3f} ms at {plain['ceiling_tflops']:.4g} TFLOP/s"
         tables.append(title + "\n" + format_table(header, lines))
     return "\n\n".join(tables)
 
@@ -85,12 +85,20 @@ def _grouped(rows: Sequence[Row]) -> Mapping[tuple[str, str, str], list[Row]]:
 
 
 def _baseline(group: Sequence[Row]) -> Row | None:
-    """Return the row that ratios are over: styleforge with graphs, styleforge without, or eager."""
+    """Return the row that ratios are over: styleforge with graphs, styleforge without, or eager.
+
+    Of several precisions the one that follows the model, where that is among them.
+    """
     for peer, graphs in (("styleforge", True), ("styleforge", False), ("eager", False)):
-        for row in group:
+        for row in _as_the_model(group):
             if (row["peer"], row["graphs"]) == (peer, graphs):
                 return row
     return None
+
+
+def _as_the_model(group: Sequence[Row]) -> list[Row]:
+    """Return `group`, first the rows that were computed in what their model is."""
+    return sorted(group, key=lambda row: (row.get("precision") or "auto") != "auto")
 
 
 def instance_norm_table(rows: Sequence[Row]) -> str:

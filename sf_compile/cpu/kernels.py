@@ -178,8 +178,10 @@ def assemble(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """What a convolution in one of the forms stands for, (N, O, H, W) of ``shape``, and its statistics.
 
-    ``result`` is channels_last and dense; where it can be, it is written to.
+    ``result`` is channels_last and dense; where it can be, it is written to. In the form ``DIRECT`` it
+    has its bias already.
     """
+    assert form != DIRECT or bias is None
     n, c, h, w = shape
     bias = _vector(bias)
     if form == DIRECT and result.dtype == dtype:

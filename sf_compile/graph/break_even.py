@@ -106,7 +106,10 @@ def _products(site: Match, raw: Tensor) -> float:
     conv = site.conv
     if conv is None or isinstance(conv, ConvTranspose):
         return 0.0
-    out, channels, height, width = value_of(conv.weight).shape
+    weight = value_of(conv.weight)
+    if not isinstance(weight, torch.nn.Parameter):
+        return 0.0  # brought into the form in every call
+    out, channels, height, width = weight.shape
     pads = site.pad.padding if site.pad is not None else (0, 0, 0, 0)
     vertical, horizontal = conv.padding
     padding = tuple(a + b for a, b in zip(pads, (horizontal, horizontal, vertical, vertical), strict=True))

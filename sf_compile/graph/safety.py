@@ -24,9 +24,9 @@ def _is_functorch(node: fx.Node) -> bool:
 def overwritten(site: Match, graph: NormalizedGraph, order: Mapping[fx.Node, int]) -> str | None:
     """Why ``site`` could not be differentiated where eager can; None where it can be.
 
-    A fused op keeps its operands for the backward pass. What eager only adds, or pads without recording it,
-    it does not keep, and what writes to it later then does no harm. ``order`` has the place of every node of
-    the graph.
+    A fused op keeps its operands for the backward pass. What eager only adds, or copies by padding or
+    enlarging it, it does not keep, and what writes to it later then does no harm. ``order`` has the place of
+    every node of the graph.
     """
     switches = any(node.target is torch._C._set_grad_enabled for node in graph.barriers)
     if not (torch.is_grad_enabled() or switches):

@@ -44,7 +44,8 @@ class _Rounded(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         writes = any(r.alias_info is not None for r in func._schema.returns)
-        if func._schema.name in SUMS and not writes and out.dtype == torch.float64:
+        summed = func._schema.name in SUMS and not writes and args[0].is_floating_point()
+        if summed and out.dtype == torch.float64:
             # Terms are added in 32 bits, or in 64 of a network in float64.
             unit = min(self.unit, torch.finfo(torch.float32).eps)
             sizes = func(args[0].abs(), *args[1:], **(kwargs or {}))
