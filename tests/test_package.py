@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import sf_compile
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sf_compile"
 STAGES = ("normalize", "match", "plan", "rewrite", "trunks", "regions")
@@ -103,6 +105,18 @@ print(torch.cuda.is_initialized(), [name for name in sys.modules if name.startsw
     first, second = run(code, tmp_path, ROOT)[0].splitlines()
     assert first == "False ['sf_compile']"
     assert second == "False []"
+
+
+def test_the_package_runs_as_the_command(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def run_command(word):
+        command = [sys.executable, "-m", "sf_compile", word]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    asked, refused = run_command("--version"), run_command("nonsense")
+    assert asked.returncode == 0 and asked.stdout.strip() == f"styleforge {sf_compile.__version__}"
+    assert refused.returncode == 2 and "usage: styleforge" in refused.stderr
 
 
 def test_importing_the_package_is_quick(tmp_path):
