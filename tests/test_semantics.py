@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from typing import Any
 
 import pytest
@@ -233,6 +235,55 @@ def test_what_eager_only_adds_or_pads_may_be_written_before_the_backward_pass(bo
     assert relative_error(*gradients) < 1e-3
     with torch.no_grad():
         assert assert_eagers(model, x).ours[0] > ours  # more is fused where nothing is differentiated
+
+
+def normalised_after_it_was_padded(m: Net, x: Tensor) -> Any:
+    return m.conv(reflect(F.relu(m.plain(m.conv(reflect(x))))))
+
+
+def normalised_after_it_was_enlarged(m: Net, x: Tensor) -> Any:
+    return F.relu(m.plain(m.same(F.interpolate(x, scale_factor=2))))
+
+
+def normalised_after_it_was_added(m: Net, x: Tensor) -> Any:
+    return m.conv(reflect(x + m.norm(m.conv(reflect(x)))))
+
+
+def normalised_after_it_was_activated(m: Net, x: Tensor) -> Any:
+    return m.plain(m.conv(reflect(torch.tanh(x))))
+
+
+def stretched_to_a_byte(m: Net, x: Tensor) -> Any:
+    return torch.tanh(m.conv(reflect(F.relu(m.plain(m.conv(reflect(x))))))) * 150 + 127.5
+
+
+@pytest.mark.parametrize("fallback", ["eager", "inductor"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        normalised_after_it_was_padded,
+        normalised_after_it_was_enlarged,
+        normalised_after_it_was_added,
+        normalised_after_it_was_activated,
+        stretched_to_a_byte,
+    ],
+    ids=lambda body: body.__name__,
+)
+def test_a_training_step_may_normalise_picture_and_result_in_place(body, fallback):
+    """As PyTorch's own example of fast neural style does before it computes the loss."""
+    if fallback == "inductor" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("Inductor needs a C++ compiler, and there is no g++")
+    model, gradients = Net(body), []
+    for run in (torch.compile(model, backend=styleforge, options={"fallback": fallback}), model):
+        model.zero_grad()
+        torch.manual_seed(0)
+        picture = torch.rand(SHAPE)
+        result = run(picture)
+        if body is not normalised_after_it_was_enlarged:  # ReLU reads its result
+            result = result.div_(3)
+        (result - picture.div_(3).mean()).pow(2).sum().backward()
+        gradients += [[w.grad for w in (model.conv.weight, model.same.weight) if w.grad is not None]]
+    assert all(relative_error(*pair) < 1e-4 for pair in zip(*gradients, strict=True))
 
 
 class Standardised(nn.Module):

@@ -32,15 +32,10 @@ _BY_ARGUMENT: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _leaky_relu_by_value(grad: Tensor, value: Tensor, slope: float) -> Tensor | None:
-    return _aten.leaky_relu_backward(grad, value, slope, True) if slope > 0 else None
-
-
 # (gradient of the value, value, parameters) -> gradient of the argument
-_BY_VALUE: dict[str, Callable[..., Tensor | None]] = {
-    "none": _BY_ARGUMENT["none"],
+_BY_VALUE: dict[str, Callable[..., Tensor]] = {
     "relu": _BY_ARGUMENT["relu"],
-    "leaky_relu": _leaky_relu_by_value,
+    "leaky_relu": lambda grad, value, slope: _aten.leaky_relu_backward(grad, value, slope, True),
     "tanh": _aten.tanh_backward,
     "sigmoid": _aten.sigmoid_backward,
 }
@@ -60,12 +55,16 @@ def activation_gradient(grad: Tensor, x: Tensor, activation: str) -> Tensor:
     return _BY_ARGUMENT[found.function](grad, x, *found.parameters)
 
 
-def gradient_by_value(grad: Tensor, value: Tensor, activation: str) -> Tensor | None:
-    """The same from the value that ``activation`` returned; None where that does not tell enough.
+def is_by_value(activation: str) -> bool:
+    """Whether the derivative is read off the value that ``activation`` returned.
 
     A scaled value is too coarse a number to go back from, and one at a bound may come from either side.
     """
     found = parse(activation)
-    if found.is_scaled or found.function not in _BY_VALUE:
-        return None
+    return not found.is_scaled and found.function in _BY_VALUE and all(p > 0 for p in found.parameters)
+
+
+def gradient_by_value(grad: Tensor, value: Tensor, activation: str) -> Tensor:
+    """The same from the value that ``activation`` returned, which ``is_by_value``."""
+    found = parse(activation)
     return _BY_VALUE[found.function](grad, value, *found.parameters)

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sf_compile.activations import parse
 from sf_compile.ops import reference
-from sf_compile.ops.activation_gradients import activation_gradient, gradient_by_value
+from sf_compile.ops.activation_gradients import activation_gradient, gradient_by_value, is_by_value
 from sf_compile.ops.checks import statistics_dtype
 from sf_compile.ops.conv2d_arguments import Arguments
 from sf_compile.ops.instance_statistics import statistics_gradient
-from sf_compile.ops.normalize import moved_gradient, normalize_gradients
+from sf_compile.ops.normalize import moved_gradient, normalize_gradients, own
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -20,12 +21,27 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     a = Arguments(*inputs)
     ctx.set_materialize_grads(False)
     # A result that is not needed is not kept: it may be written to before the backward pass.
-    needed = a.statistics or a.output_activation != "none"
+    needed = a.statistics or is_by_value(a.output_activation)
+    kept = a._replace(
+        input=a.input if _eager_keeps_input(a) else own(a.input),
+        residual=None if a.residual is None else own(a.residual),
+    )
     ctx.save_for_backward(
-        *(value for value in a if isinstance(value, Tensor)), *(output[:2] if needed else (None, None))
+        *(value for value in kept if isinstance(value, Tensor)), *(output[:2] if needed else (None, None))
     )
     ctx.settings = tuple(None if isinstance(value, Tensor) else value for value in a)
     ctx.is_tensor = tuple(isinstance(value, Tensor) for value in a)
+
+
+def _eager_keeps_input(a: Arguments) -> bool:
+    """Whether eager's own backward pass reads ``a.input``: a norm does, or a convolution of nothing else."""
+    padded = any(a.padding) and not (a.transposed or _pads_itself(a))
+    return a.mean is not None or not (a.normalizes or padded or a.upsample > 1)
+
+
+def _pads_itself(a: Arguments) -> bool:
+    """Whether the padding is one that PyTorch's convolution knows."""
+    return a.padding_mode == "zeros" and a.padding[::2] == a.padding[1::2] and min(a.padding) >= 0
 
 
 def backward(
@@ -69,7 +85,7 @@ def backward(
             padding = [0, 0, 0, 0]
             sizes, output_sizes, cuts = reference.transposed_sizes(a.stride, a.padding)
             grad = torch.nn.functional.pad(grad, cuts)
-        elif a.padding_mode == "zeros" and padding[::2] == padding[1::2] and min(padding) >= 0:
+        elif _pads_itself(a):
             # PyTorch's own padding: no copy, and a gradient of NaN is not multiplied by the zeros.
             padding, sizes = [0, 0, 0, 0], padding[2::-2]
         padded = reference.moved(z, a.upsample, padding, a.padding_mode)
@@ -108,12 +124,13 @@ def _misread_by_onednn(a: Arguments) -> bool:
     return a.input.device.type == "cpu" and one and tuple(a.stride) != (1, 1)
 
 
-def _through_output_activation(grad: Tensor, output: Tensor, a: Arguments) -> Tensor:
+def _through_output_activation(grad: Tensor, output: Tensor | None, a: Arguments) -> Tensor:
     """The gradient of what ``a.output_activation`` made ``output`` of, recomputed where it must be known."""
-    through = gradient_by_value(grad, output, a.output_activation)
-    if through is None:
-        plain = a._replace(output_activation="none", statistics=False, keep_input=False, input_scale=None)
-        raw = torch.ops.styleforge.conv2d.default(*plain)[0]
-        dtype = statistics_dtype(raw.dtype)
-        through = activation_gradient(grad.to(dtype), raw.to(dtype), a.output_activation)
-    return through.to(output.dtype)
+    if output is not None and is_by_value(a.output_activation):
+        return gradient_by_value(grad, output, a.output_activation).to(output.dtype)
+    if parse(a.output_activation).function == "none":
+        return activation_gradient(grad, grad, a.output_activation)
+    plain = a._replace(output_activation="none", statistics=False, keep_input=False, input_scale=None)
+    raw = torch.ops.styleforge.conv2d.default(*plain)[0]
+    dtype = statistics_dtype(raw.dtype)
+    return activation_gradient(grad.to(dtype), raw.to(dtype), a.output_activation).to(raw.dtype)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from sf_compile.activations import parse
 from sf_compile.ops import reference
@@ -160,6 +161,20 @@ class Arguments(NamedTuple):
         return Norm(self.mean, self.variance, self.weight, self.bias, self.eps, self.activation)
 
 
+def own(operand: Tensor) -> Tensor:
+    """What a backward pass keeps of an operand that eager only adds, or copies by padding or enlarging it.
+
+    A caller may write to a picture once the call is over, as training scripts do that normalise a batch in
+    place. One that requires a gradient is the network's own, or kept by eager too (its reflection pads do).
+    While AOTAutograd records, our own op copies: its partitioner would move a clone behind that write.
+    """
+    if operand.requires_grad:
+        return operand
+    if not isinstance(operand, FunctionalTensor):
+        return operand.clone()
+    return normalize(operand, None, None, None, None, 0.0, channels_last=not operand.is_contiguous())
+
+
 def _check(a: Arguments) -> tuple[Any, Any]:
     """Check everything that fake and real calls share; return the output's height and width."""
     check_image("normalize", a.input)
@@ -205,7 +220,8 @@ def _fake(*arguments: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a = Arguments(*inputs)
-    ctx.save_for_backward(a.input, a.mean, a.variance, a.weight, a.bias, a.slope)
+    input = own(a.input) if a.mean is None else a.input
+    ctx.save_for_backward(input, a.mean, a.variance, a.weight, a.bias, a.slope)
     ctx.eps, ctx.activation = a.eps, a.activation
     ctx.residual = None if a.residual is None else a.residual.dtype
     ctx.moves = a.upsample, tuple(a.padding), a.padding_mode
