@@ -89,8 +89,29 @@ STYLE = Program(
 )
 
 
-def test_a_style_network_passes_and_is_fused():
-    assert check(STYLE)
+PADDED = "F.pad({}, (1, 1, 1, 1), mode='reflect')"
+TRUNK = Program(
+    modules=(
+        *((f"conv{i}", "nn.Conv2d(4, 4, 3)") for i in range(6)),
+        *((f"norm{i}", "nn.InstanceNorm2d(4, affine=True)") for i in range(6)),
+    ),
+    statements=(
+        f"t0 = F.relu(self.norm0(self.conv0({PADDED.format('x')})))",
+        f"t1 = F.relu(self.norm1(self.conv1({PADDED.format('t0')})))",
+        f"t2 = t0 + self.norm2(self.conv2({PADDED.format('t1')}))",
+        f"t3 = F.relu(self.norm3(self.conv3({PADDED.format('t2')})))",
+        f"t4 = t2 + self.norm4(self.conv4({PADDED.format('t3')}))",
+        f"t5 = self.norm5(self.conv5({PADDED.format('t4')}))",
+    ),
+    results=("t5",),
+    sizes=((1, 4, 12, 12),),
+    grad="no_grad",
+)
+
+
+@pytest.mark.parametrize("program", [STYLE, TRUNK], ids=["one layer", "a trunk of two blocks"])
+def test_a_style_network_passes_and_is_fused(program):
+    assert check(program)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fuzz.programs import Program
 from sf_compile.backend import analyse, compile_graph
 from sf_compile.graph.normalize import value_of
+from sf_compile.ops.residual_trunk import Arguments, residual_trunk
 from sf_compile.options import Options
+
+WEIGHTS = Arguments._fields.index("weights")
 
 
 @dataclass
@@ -71,7 +74,11 @@ class Backend:
             if _code(rewritten) != _code(second.__self__):  # type: ignore[attr-defined]
                 graph.faults.append("compiled twice, two different graphs")
             ops = list(_ops(rewritten))
-            graph.expected = Counter(op.target.name() for op in ops)  # type: ignore[union-attr]
+            for op in ops:
+                # A trunk is made of convolutions wherever something watches it.
+                of_trunk = op.target is residual_trunk
+                name = "styleforge::conv2d" if of_trunk else op.target.name()  # type: ignore[union-attr]
+                graph.expected[name] += len(op.args[WEIGHTS]) if of_trunk else 1  # type: ignore[arg-type]
             anchors = [name for name, _ in graph.decisions]
             run = dict.fromkeys(site for op in ops for site in op.meta["sites"])
             if not set(run) <= set(anchors) or set(anchors) - set(run) - _folded(analysis):
