@@ -43,7 +43,7 @@ def test_network_rows_are_complete_and_written_once(
         assert row["error_vs_float64"] < 1e-4
         assert row["peak_mb"] is row["compile_cold_s"] is row["compile_warm_s"] is None
         assert row["kernels_cold_s"] is row["kernels_warm_s"] is row["checkpoint"] is None
-        assert row["kernels"] is row["mma_tflops"] is row["share_of_mma"] is None
+        assert row["kernels"] is row["mma_tflops"] is row["share_of_mma"] is row["tf32"] is None
         assert (row["network_width"], row["blocks"]) == (32, 5)
         assert row["run"] == written[0]["run"] and row["torch"] == torch.__version__
     assert "eager-channels-last" in capsys.readouterr().out

@@ -24,7 +24,7 @@ from sf_compile import tf32
 from sf_compile.bench.building import Built, build, ready
 from sf_compile.bench.ceilings import Ceilings, kernels_of, measure_ceilings
 from sf_compile.bench.checks import check_output, check_psnr, check_sizes, relative_error, run_in_tf32
-from sf_compile.bench.peers import PEERS, Build, Peer, styleforge
+from sf_compile.bench.peers import PEERS, Build, Peer, styleforge, switches
 from sf_compile.bench.rows import BenchmarkError, Keep, Log, Row, dtype_name, environment_of, forget, rounded
 from sf_compile.bench.subject import SEED, Subject
 from sf_compile.bench.timing import Budget, Call, Sample, interleaved, sustained
@@ -108,6 +108,7 @@ def run_network(
         torch.no_grad(),
         on_device,
         unlimited,
+        switches(peers),
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches,
     ):
         computed = dict.fromkeys(peer.computes_in(dtype) for dtype in dtypes for peer in peers)
@@ -127,6 +128,7 @@ def run_network(
                     **subject.row(),
                     **size._asdict(),
                     "dtype": dtype_name(dtype),
+                    "tf32": tf32.allowed("auto") if device.type == "cuda" else None,
                     "flop": subject.flop(size),
                 }
                 rows += _time(runners, size, dtype, ceilings, budget, hot, common, log)

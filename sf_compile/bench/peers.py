@@ -1,6 +1,7 @@
 """The peers: ways to run one and the same network that a row compares.
 
-Every peer keeps PyTorch's defaults (TF32 convolutions in float32, no cuDNN autotuning), compiles for
+Every peer keeps PyTorch's defaults (TF32 convolutions in float32, no cuDNN autotuning; beside this backend
+in true float32 alone no TF32), compiles for
 static shapes (``dynamic=False``) and as one graph (``fullgraph=True``, so that none falls back to
 eager unseen). Each gets the memory layout that is its best: Inductor channels_last in the 16-bit
 dtypes, the others NCHW, and ``eager-channels-last`` exists to show that layout of eager.
@@ -13,6 +14,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,6 +135,13 @@ def of_precisions(peers: Sequence[Peer], precisions: Sequence[str]) -> list[Peer
             name = peer.name if precision == "auto" else f"{peer.name} in {precision}"
             made.append(replace(peer, name=name, build=builds[precision], precision=precision))
     return made
+
+
+def switches(peers: Sequence[Peer]) -> AbstractContextManager[None]:
+    """PyTorch's switches as they are; where this backend computes in fp32 alone, without TF32 for all."""
+    if {peer.precision for peer in peers if peer.row_name == "styleforge"} == {"fp32"}:
+        return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    return nullcontext()
 
 
 PEERS: dict[str, Peer] = {

@@ -20,7 +20,7 @@ ENVIRONMENT_KEYS = ("run", "date", "device", "gpu", "driver", "torch", "cuda", "
 NETWORK_KEYS = (
     *ENVIRONMENT_KEYS,
     *("network", "network_width", "blocks", "checkpoint", "batch", "height", "width", "dtype"),
-    *("peer", "precision", "graphs", "layout", "condition"),
+    *("peer", "precision", "tf32", "graphs", "layout", "condition"),
     *("median_ms", "p20_ms", "p80_ms", "back_to_back_ms", "host_us", "peak_mb"),
     *("compile_cold_s", "compile_warm_s", "kernels_cold_s", "kernels_warm_s"),
     *("floor_ms", "ceiling_tflops", "copy_gbps", "kernels", "mma_tflops", "share_of_mma"),

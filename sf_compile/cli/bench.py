@@ -66,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         type=_precisions,
         help=f"what styleforge computes in, whatever the model's dtype: of {', '.join(PRECISIONS)}, by "
-        "commas, each a peer of its own; int8 is held to its min_psnr (suite network; default: auto, as "
-        "the model)",
+        "commas, each a peer of its own; int8 is held to its min_psnr; of fp32 alone every peer computes "
+        "without TF32 (suite network; default: auto, as the model)",
     )
     parser.add_argument("--blocks", type=_count, help="residual blocks (suite network; default: 5)")
     parser.add_argument(
