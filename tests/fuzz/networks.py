@@ -55,6 +55,7 @@ def programs(draw: Any, device: str = "cpu", most_layers: int = 6) -> Program:
         training=training,
         grad=s.one_of("no_grad", "no_grad", "enable_grad", "inference_mode"),
         input_grad=s.one_in(2),
+        input_reused=s.one_in(2),
         dynamic=s.one_of(None, None, None, False, True),
         inner_layout=s.one_of("auto", "auto", "auto", "channels_last", "contiguous"),
         fallback=s.one_of("eager", "eager", "eager", "eager", "eager", "eager", "aot_eager"),
