@@ -13,7 +13,7 @@ from bench_command import run_bench
 
 from sf_compile import tf32
 from sf_compile.bench import building, checks, network
-from sf_compile.bench.peers import PEERS, of_precisions, switches
+from sf_compile.bench.peers import PEERS, of_precisions
 from sf_compile.bench.rows import BenchmarkError
 from sf_compile.bench.subject import Subject
 from sf_compile.bench.work import Size, transformer_net_flop
@@ -79,13 +79,18 @@ def test_a_precision_is_timed_against_eager_in_it(tmp_path: Path) -> None:
     assert run_bench("--suite", "layers", "--precision", "fp16") == 1
 
 
-@pytest.mark.parametrize(("precisions", "forbidden"), [(("fp32",), True), (("auto", "fp32"), False)])
-def test_beside_true_float32_alone_no_peer_uses_tf32(precisions, forbidden) -> None:
-    peers = of_precisions([PEERS["eager"], PEERS["styleforge"]], precisions)
-    before = tf32.allowed("auto")
-    with switches(peers):
-        assert tf32.allowed("auto") == (before and not forbidden)
-    assert before and tf32.allowed("auto")
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("fp32,auto", True)])
+def test_a_run_turns_tf32_off_for_true_float32_alone(precision, allowed, monkeypatch) -> None:
+    seen: list[bool] = []
+
+    def timed(*_):
+        seen.append(tf32.allowed("auto"))
+        return []
+
+    monkeypatch.setattr(network, "_time", timed)
+    arguments = ("--sizes", "32x36", "--width", "8", "--blocks", "1", "--peers", "eager,styleforge")
+    assert run_bench(*arguments, "--precision", precision) == 0
+    assert seen == [allowed] and tf32.allowed("auto")
 
 
 def test_precisions_are_timed_side_by_side(tmp_path: Path, capsys) -> None:

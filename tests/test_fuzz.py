@@ -25,6 +25,10 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from sf_compile.backend import compile_graph
+from sf_compile.ops.residual_trunk import residual_trunk
+from sf_compile.options import Options
+
 EXAMPLES = int(os.environ.get("STYLEFORGE_FUZZ_EXAMPLES", "0"))
 SEED = int(os.environ.get("STYLEFORGE_FUZZ_SEED", "0"))
 SECONDS = float(os.environ.get("STYLEFORGE_FUZZ_SECONDS", "inf"))
@@ -112,6 +116,19 @@ TRUNK = Program(
 @pytest.mark.parametrize("program", [STYLE, TRUNK], ids=["one layer", "a trunk of two blocks"])
 def test_a_style_network_passes_and_is_fused(program):
     assert check(program)
+
+
+def test_the_trunk_of_two_blocks_is_one_op():
+    made, loaded = [], TRUNK.load()
+
+    def backend(gm, example_inputs):
+        fused = compile_graph(gm, example_inputs, Options())
+        made.extend(fuzz.backend._ops(fused.__self__))
+        return fused
+
+    with torch.no_grad():
+        torch.compile(loaded.network(), backend=backend)(loaded.picture(TRUNK.sizes[0]))
+    assert [op.target for op in made].count(residual_trunk) == 1
 
 
 @pytest.mark.parametrize(
@@ -203,18 +220,26 @@ def test_an_error_that_rounding_explains_is_no_fault(explained, monkeypatch):
         fuzz.properties._check_numbers(STYLE, loaded, (4,), *runs, True)
 
 
-def test_a_failing_network_is_printed_as_a_file_that_runs_alone(tmp_path):
+@pytest.mark.parametrize(
+    ("grad", "gradients"),
+    [("no_grad", []), ("enable_grad", [f"gradient {i}" for i in range(4)])],
+    ids=["outputs", "gradients, of an input that is written to"],
+)
+def test_a_failing_network_is_printed_as_a_file_that_runs_alone(grad, gradients, tmp_path):
     from test_package import ROOT
     from test_package import run as run_alone
 
-    def fails(program: Program) -> None:
+    program = replace(STYLE, grad=grad, input_reused=True)
+
+    def fails(_: Program) -> None:
         raise AssertionError("wrong")
 
     with pytest.raises(AssertionError) as raised:
-        run(fails, st.just(STYLE), 1)
+        run(fails, st.just(program), 1)
     shown = "\n".join(raised.value.__notes__)
     file = printed("\n".join(f"E       {line}" for line in shown.splitlines()))
-    assert file == STYLE.source
+    assert file == program.source
     output, _ = run_alone(file, tmp_path, ROOT)
-    assert [line.split(")")[0] for line in output.splitlines()] == ["(2, 3, 8, 9", "(1, 3, 12, 8"]
+    shown_of = [line.split(" (")[0] for line in output.splitlines()]
+    assert shown_of == [f"{size} {what}" for size in program.sizes for what in ("output 0", *gradients)]
     assert all(float(line.split("tensor(")[1].split(",")[0]) < 1e-5 for line in output.splitlines())

@@ -26,8 +26,8 @@ from sf_compile.runtime.out_of_memory import Explained, OutOfMemory
 BENCHMARKS = Path(__file__).parents[1] / "docs" / "benchmarks"
 ROWS = [
     row
-    for name in ("512", "1080p", "2160p", "8x512")
-    for row in json.loads((BENCHMARKS / f"h200-network-{name}-float16.json").read_text())
+    for name in ("float16", "float16-8k")
+    for row in json.loads((BENCHMARKS / f"h200-network-{name}.json").read_text())
     if row["peer"] == "styleforge" and row["condition"] == "cool"
 ]
 

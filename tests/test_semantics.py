@@ -253,6 +253,19 @@ def normalised_after_it_was_activated(m: Net, x: Tensor) -> Any:
     return m.plain(m.conv(reflect(torch.tanh(x))))
 
 
+def normalised_after_it_was_copied_at_its_edges(m: Net, x: Tensor) -> Any:
+    return m.plain(m.conv(F.pad(x, (1, 1, 1, 1), mode="replicate")))
+
+
+def normalised_after_it_was_normed(m: Net, x: Tensor) -> Any:
+    return m.conv(reflect(m.plain(x)))
+
+
+def normalised_after_it_was_rounded(m: Net, x: Tensor) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        return m.plain(m.same(x))
+
+
 def stretched_to_a_byte(m: Net, x: Tensor) -> Any:
     return torch.tanh(m.conv(reflect(F.relu(m.plain(m.conv(reflect(x))))))) * 150 + 127.5
 
@@ -265,6 +278,9 @@ def stretched_to_a_byte(m: Net, x: Tensor) -> Any:
         normalised_after_it_was_enlarged,
         normalised_after_it_was_added,
         normalised_after_it_was_activated,
+        normalised_after_it_was_copied_at_its_edges,
+        normalised_after_it_was_normed,
+        normalised_after_it_was_rounded,
         stretched_to_a_byte,
     ],
     ids=lambda body: body.__name__,
@@ -273,7 +289,9 @@ def test_a_training_step_may_normalise_picture_and_result_in_place(body, fallbac
     """As PyTorch's own example of fast neural style does before it computes the loss."""
     if fallback == "inductor" and shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("Inductor needs a C++ compiler, and there is no g++")
-    model, gradients = Net(body), []
+    model, gradients, counting = Net(body), [], Counting()
+    torch.compile(model, backend=counting)(torch.rand(SHAPE))
+    assert counting.ours[0] > 0
     for run in (torch.compile(model, backend=styleforge, options={"fallback": fallback}), model):
         model.zero_grad()
         torch.manual_seed(0)
@@ -281,9 +299,10 @@ def test_a_training_step_may_normalise_picture_and_result_in_place(body, fallbac
         result = run(picture)
         if body is not normalised_after_it_was_enlarged:  # ReLU reads its result
             result = result.div_(3)
-        (result - picture.div_(3).mean()).pow(2).sum().backward()
+        (result - picture.div_(3).mean()).pow(3).sum().backward()
         gradients += [[w.grad for w in (model.conv.weight, model.same.weight) if w.grad is not None]]
-    assert all(relative_error(*pair) < 1e-4 for pair in zip(*gradients, strict=True))
+    tolerance = 3e-2 if body is normalised_after_it_was_rounded else 1e-4
+    assert all(relative_error(*pair) < tolerance for pair in zip(*gradients, strict=True))
 
 
 class Standardised(nn.Module):

@@ -23,7 +23,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     # A result that is not needed is not kept: it may be written to before the backward pass.
     needed = a.statistics or is_by_value(a.output_activation)
     kept = a._replace(
-        input=a.input if _eager_keeps_input(a) else own(a.input),
+        input=a.input if _convolves_input(a) else own(a.input, a.norm_weight, a.norm_bias),
         residual=None if a.residual is None else own(a.residual),
     )
     ctx.save_for_backward(
@@ -33,10 +33,11 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.is_tensor = tuple(isinstance(value, Tensor) for value in a)
 
 
-def _eager_keeps_input(a: Arguments) -> bool:
-    """Whether eager's own backward pass reads ``a.input``: a norm does, or a convolution of nothing else."""
+def _convolves_input(a: Arguments) -> bool:
+    """Whether what eager convolves, and keeps, is ``a.input``, not something that it made of that before."""
     padded = any(a.padding) and not (a.transposed or _pads_itself(a))
-    return a.mean is not None or not (a.normalizes or padded or a.upsample > 1)
+    made = a.normalizes or padded or a.upsample > 1 or a.input.dtype != a.dtype
+    return not made
 
 
 def _pads_itself(a: Arguments) -> bool:

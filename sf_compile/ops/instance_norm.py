@@ -11,7 +11,7 @@ from sf_compile.ops import reference
 from sf_compile.ops.checks import check_activation, check_channels, check_image, check_residual
 from sf_compile.ops.instance_statistics import statistics_gradient
 from sf_compile.ops.library import empty_image, register
-from sf_compile.ops.normalize import Norm, normalize_gradients
+from sf_compile.ops.normalize import Norm, normalize_gradients, own
 
 SCHEMA = (
     "instance_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, str activation='none', "
@@ -70,7 +70,7 @@ def _fake(*arguments: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a = Arguments(*inputs)
-    ctx.save_for_backward(a.input, a.weight, a.bias)
+    ctx.save_for_backward(own(a.input, a.weight, a.bias), a.weight, a.bias)
     ctx.eps, ctx.activation, ctx.has_residual = a.eps, a.activation, a.residual is not None
 
 

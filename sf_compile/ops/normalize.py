@@ -161,14 +161,15 @@ class Arguments(NamedTuple):
         return Norm(self.mean, self.variance, self.weight, self.bias, self.eps, self.activation)
 
 
-def own(operand: Tensor) -> Tensor:
+def own(operand: Tensor, *parameters: Tensor | None) -> Tensor:
     """What a backward pass keeps of an operand that eager only adds, or copies by padding or enlarging it.
 
     A caller may write to a picture once the call is over, as training scripts do that normalise a batch in
-    place. One that requires a gradient is the network's own, or kept by eager too (its reflection pads do).
-    While AOTAutograd records, our own op copies: its partitioner would move a clone behind that write.
+    place. Eager keeps one that is normalised by ``parameters`` which require a gradient. One that requires a
+    gradient itself is kept as it is: a copy would not lead to the gradients of gradients. While AOTAutograd
+    records, our own op copies: its partitioner would move a clone behind that write.
     """
-    if operand.requires_grad:
+    if any(x is not None and x.requires_grad for x in (operand, *parameters)):
         return operand
     if not isinstance(operand, FunctionalTensor):
         return operand.clone()
@@ -220,8 +221,7 @@ def _fake(*arguments: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a = Arguments(*inputs)
-    input = own(a.input) if a.mean is None else a.input
-    ctx.save_for_backward(input, a.mean, a.variance, a.weight, a.bias, a.slope)
+    ctx.save_for_backward(own(a.input, a.weight, a.bias), a.mean, a.variance, a.weight, a.bias, a.slope)
     ctx.eps, ctx.activation = a.eps, a.activation
     ctx.residual = None if a.residual is None else a.residual.dtype
     ctx.moves = a.upsample, tuple(a.padding), a.padding_mode

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 DEVICE, DTYPE, GRAD = "{device}", torch.{dtype}, "{grad}"
+INPUT_REUSED = {input_reused}  # whether one that wants no gradient is written to before the backward pass
 
 
 class Net(nn.Module):
@@ -58,18 +59,40 @@ def picture(size):
     return {layout}
 
 
+def gradients(net, x, outputs):
+    """Of a sum of ``outputs`` by every parameter, and by ``x`` if it wants one."""
+    wanted = [out for out in outputs if out.requires_grad]
+    if not wanted:
+        return []
+    if INPUT_REUSED and not x.requires_grad:
+        x.mul_(0.5)
+    leaves = [*net.parameters(), *([x] if x.requires_grad and x.is_leaf else [])]
+    total = sum((2 * out.double()).sin().sum() for out in wanted)
+    return torch.autograd.grad(total, leaves, allow_unused=True)
+
+
+def compare(what, a, b):
+    print(what, tuple(a.shape), "differ by at most", (a.double() - b.double()).abs().max())
+
+
 SIZES = {sizes}
 
 if __name__ == "__main__":
     from sf_compile.backend import styleforge
 
     options = {{"layout": "{inner_layout}", "fallback": {fallback}}}
-    compiled = torch.compile(network(), backend=styleforge, dynamic={dynamic}, options=options)
+    nets = network(), network()
+    compiled = torch.compile(nets[1], backend=styleforge, dynamic={dynamic}, options=options)
     for size in SIZES:
+        pictures = picture(size), picture(size)
         with getattr(torch, GRAD)():
-            expected, ours = network()(picture(size)), compiled(picture(size))
-        for number, (a, b) in enumerate(zip(expected, ours, strict=True)):
-            print(size, number, tuple(a.shape), "differ by at most", (a.double() - b.double()).abs().max())
+            results = nets[0](pictures[0]), compiled(pictures[1])
+            for number, pair in enumerate(zip(*results, strict=True)):
+                compare(f"{{size}} output {{number}}", *pair)
+            found = [gradients(*each) for each in zip(nets, pictures, results, strict=True)]
+        for number, (a, b) in enumerate(zip(*found, strict=True)):
+            if a is not None and b is not None:
+                compare(f"{{size}} gradient {{number}}", a, b)
 ''' + f"{_LAST}\n"
 
 LAYOUTS = {
@@ -147,7 +170,8 @@ class Program:
         requires = ".detach().requires_grad_()" if self.input_grad and self.grad == "enable_grad" else ""
         network_format = f".to(memory_format=torch.{self.network_format})" if self.network_format else ""
         return _SOURCE.format(
-            device=self.device, dtype=self.dtype, grad=self.grad, modules="\n".join(modules),
+            device=self.device, dtype=self.dtype, grad=self.grad,
+            input_reused=self.input_reused and self.layout != "expanded", modules="\n".join(modules),
             statements="\n".join(statements), results=f"({', '.join(self.results)},)", seed=self.seed,
             training=self.training, network_format=network_format,
             layout=f"({LAYOUTS[self.layout]}){requires}", sizes=self.sizes, dynamic=self.dynamic,
