@@ -257,6 +257,10 @@ def normalised_after_it_was_copied_at_its_edges(m: Net, x: Tensor) -> Any:
     return m.plain(m.conv(F.pad(x, (1, 1, 1, 1), mode="replicate")))
 
 
+def normalised_after_it_was_padded_with_zeros(m: Net, x: Tensor) -> Any:
+    return m.plain(m.conv(F.pad(x, (1, 1, 1, 1))))
+
+
 def normalised_after_it_was_normed(m: Net, x: Tensor) -> Any:
     return m.conv(reflect(m.plain(x)))
 
@@ -279,6 +283,7 @@ def stretched_to_a_byte(m: Net, x: Tensor) -> Any:
         normalised_after_it_was_added,
         normalised_after_it_was_activated,
         normalised_after_it_was_copied_at_its_edges,
+        normalised_after_it_was_padded_with_zeros,
         normalised_after_it_was_normed,
         normalised_after_it_was_rounded,
         stretched_to_a_byte,

@@ -34,8 +34,11 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _convolves_input(a: Arguments) -> bool:
-    """Whether what eager convolves, and keeps, is ``a.input``, not something that it made of that before."""
-    padded = any(a.padding) and not (a.transposed or _pads_itself(a))
+    """Whether what eager convolves, and keeps, is ``a.input``, not something that it made of that before.
+
+    Zeros on all sides may have been the convolution's own, or a pad's.
+    """
+    padded = any(a.padding) and not a.transposed
     made = a.normalizes or padded or a.upsample > 1 or a.input.dtype != a.dtype
     return not made
 
