@@ -23,7 +23,8 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     # A result that is not needed is not kept: it may be written to before the backward pass.
     needed = a.statistics or is_by_value(a.output_activation)
     kept = a._replace(
-        input=a.input if _convolves_input(a) else own(a.input, a.norm_weight, a.norm_bias),
+        # Also of a bare convolution, whose picture eager keeps: a pad by nothing, a copy, looks like it.
+        input=own(a.input, a.norm_weight, a.norm_bias),
         residual=None if a.residual is None else own(a.residual),
     )
     ctx.save_for_backward(
@@ -31,16 +32,6 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     )
     ctx.settings = tuple(None if isinstance(value, Tensor) else value for value in a)
     ctx.is_tensor = tuple(isinstance(value, Tensor) for value in a)
-
-
-def _convolves_input(a: Arguments) -> bool:
-    """Whether what eager convolves, and keeps, is ``a.input``, not something that it made of that before.
-
-    Zeros on all sides may have been the convolution's own, or a pad's.
-    """
-    padded = any(a.padding) and not a.transposed
-    made = a.normalizes or padded or a.upsample > 1 or a.input.dtype != a.dtype
-    return not made
 
 
 def _pads_itself(a: Arguments) -> bool:
