@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import LAYOUTS, SHAPES, picture, relative_error
+from cpu_cases import built, strided
 from networks import Net, block, reflect
-from test_cpu_kernels import built, strided
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -197,6 +197,32 @@ def test_a_sum_of_what_cancels_is_known_to_be_rounded():
     assert 1e-3 < worst < 1
 
 
+def test_a_gradient_whose_terms_cancel_is_known_to_be_rounded():
+    """That of a bias which a norm removes: of a convolution's gradients, the sum over their pixels."""
+    x = torch.ones(1, 1, 32, 32, dtype=torch.float64)
+    weight, bias = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    gradient = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(512).view(x.shape)
+    leaves = [weight.requires_grad_(), bias.requires_grad_()]
+
+    def run():
+        found = torch.autograd.grad(torch.conv2d(x, *leaves), leaves, gradient)
+        return [g + 1e-6 for g in found]
+
+    assert all(1e-3 < worst < 200 for worst in noise(run, run(), torch.float32))
+
+
+def test_the_means_of_a_norms_gradient_are_known_to_be_rounded():
+    """A constant plane is magnified by 316, and all of its gradient is off alike: so is the sum."""
+    x = torch.ones(1, 2, 16, 16, dtype=torch.float64, requires_grad=True)
+    gradient = torch.linspace(0, 1, 512, dtype=torch.float64).view(x.shape)
+
+    def run():
+        (found,) = torch.autograd.grad(torch.nn.functional.instance_norm(x), x, gradient)
+        return [found.sum((0, 2, 3)) + 1e-3]
+
+    assert 1 < noise(run, run(), torch.float32)[0] < 100
+
+
 def test_a_pixel_that_may_cross_a_bend_is_found_by_more_runs():
     just_below = torch.tensor([1 - 0.8 * torch.finfo(torch.float32).eps], dtype=torch.float64)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import relative_error
+from cases import LAYOUTS, relative_error
 from graphs import capture, found, fuse, rewritten_graph
 from norm_spellings import SPELLINGS, exact
 from torch import Tensor, nn
@@ -322,12 +322,12 @@ def test_near_miss_is_left_alone(name):
     assert reason is None or any(reason in given for given in reasons), reasons
 
 
+def by_hand(x: Tensor) -> Tensor:
+    return (x - x.mean((2, 3), True)) / (x.var((2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
+
+
 def test_strides_that_no_op_returns_are_left_alone():
     """PyTorch's own norm returns a contiguous picture; one by hand keeps the strides of its input."""
-
-    def by_hand(x: Tensor) -> Tensor:
-        return (x - x.mean((2, 3), True)) / (x.var((2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
-
     x = torch.randn(2, 4, 6, 5)
     turned = torch.randn(2, 4, 5, 6).transpose(2, 3)
     cases = (by_hand, turned, False), (by_hand, x, True), (F.instance_norm, turned, True)
@@ -336,6 +336,25 @@ def test_strides_that_no_op_returns_are_left_alone():
         assert compiled(picture).stride() == body(picture).stride()
         torch.testing.assert_close(compiled(picture), body(picture), rtol=1e-5, atol=1e-5)
         assert (found(made[0].analysis) != []) == fused
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_norm_of_a_turned_picture_is_left_alone(layout):
+    """Of one in channels_last, Dynamo records strides that are neither that layout's nor eager's."""
+    weight = torch.randn(4, 4, 3, 3).contiguous(memory_format=LAYOUTS[layout])
+    mean, variance = torch.randn(4), torch.rand(4) + 0.5
+
+    def body(x: Tensor) -> Tensor:
+        turned = by_hand(F.conv2d(x, weight)).relu().transpose(2, 3)
+        return F.relu(F.batch_norm(by_hand(turned) + turned, mean, variance))
+
+    compiled, made = fuse(body)
+    x = torch.randn(1, 4, 12, 5)
+    assert compiled(x).stride() == body(x).stride()
+    torch.testing.assert_close(compiled(x), body(x), rtol=1e-5, atol=1e-5)
+    assert found(made[0].analysis) == ["conv+norm+relu"]
+    reasons = [miss.reason for miss in made[0].analysis.matches.misses]
+    assert reasons.count("a norm whose result is neither contiguous nor channels_last") == 2
 
 
 @pytest.mark.parametrize("body", [adain, starganv2, munit, munit_layer_norm, group_norm_with_a_bias_before])

@@ -261,6 +261,10 @@ def normalised_after_it_was_padded_with_zeros(m: Net, x: Tensor) -> Any:
     return m.plain(m.conv(F.pad(x, (1, 1, 1, 1))))
 
 
+def normalised_after_it_was_padded_by_nothing(m: Net, x: Tensor) -> Any:
+    return m.plain(m.conv(F.pad(x, (0, 0, 0, 0))))
+
+
 def normalised_after_it_was_normed(m: Net, x: Tensor) -> Any:
     return m.conv(reflect(m.plain(x)))
 
@@ -284,6 +288,7 @@ def stretched_to_a_byte(m: Net, x: Tensor) -> Any:
         normalised_after_it_was_activated,
         normalised_after_it_was_copied_at_its_edges,
         normalised_after_it_was_padded_with_zeros,
+        normalised_after_it_was_padded_by_nothing,
         normalised_after_it_was_normed,
         normalised_after_it_was_rounded,
         stretched_to_a_byte,

@@ -1,10 +1,10 @@
 """The peers: ways to run one and the same network that a row compares.
 
-Every peer keeps PyTorch's defaults (TF32 convolutions in float32, no cuDNN autotuning; beside this backend
-in true float32 alone no TF32), compiles for
-static shapes (``dynamic=False``) and as one graph (``fullgraph=True``, so that none falls back to
-eager unseen). Each gets the memory layout that is its best: Inductor channels_last in the 16-bit
-dtypes, the others NCHW, and ``eager-channels-last`` exists to show that layout of eager.
+Every peer keeps PyTorch's defaults (TF32 convolutions in float32, no cuDNN autotuning; beside this
+backend in true float32 alone no TF32), compiles for static shapes (``dynamic=False``) and as one graph
+(``fullgraph=True``, so that none falls back to eager unseen). Each gets the memory layout that is its
+best: Inductor channels_last in the 16-bit dtypes, the others NCHW, and ``eager-channels-last`` exists
+to show that layout of eager.
 """
 
 from __future__ import annotations

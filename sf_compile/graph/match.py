@@ -22,7 +22,7 @@ from sf_compile.graph.norm_patterns import NORMS
 from sf_compile.graph.normalize import NormalizedGraph
 from sf_compile.graph.sites import Match, Matches
 from sf_compile.graph.steps import Activate, Conv, ConvTranspose, Norm, Pad, Step, Upsample
-from sf_compile.graph.values import Miss, value_of
+from sf_compile.graph.values import Miss, dense, value_of
 
 log = logging.getLogger(__name__)
 
@@ -249,6 +249,8 @@ class _Finder:
         bare = site.norm is None and site.upsample is None and not padding
         if bare and not self.finishes(site.input) and not self.ends_in_a_kernel(site):
             return "a convolution with nothing around it that fusion saves"
+        if site.conv is None and site.norm is not None and not dense(value_of(site.norm.node)):
+            return "a norm whose result is neither contiguous nor channels_last"
         return safety.overwritten(site, self.graph, self.order)
 
     def finishes(self, input: fx.Node) -> bool:

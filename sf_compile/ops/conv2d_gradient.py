@@ -34,11 +34,6 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.is_tensor = tuple(isinstance(value, Tensor) for value in a)
 
 
-def _pads_itself(a: Arguments) -> bool:
-    """Whether the padding is one that PyTorch's convolution knows."""
-    return a.padding_mode == "zeros" and a.padding[::2] == a.padding[1::2] and min(a.padding) >= 0
-
-
 def backward(
     ctx: Any,
     grad_output: Tensor | None,
@@ -80,7 +75,7 @@ def backward(
             padding = [0, 0, 0, 0]
             sizes, output_sizes, cuts = reference.transposed_sizes(a.stride, a.padding)
             grad = torch.nn.functional.pad(grad, cuts)
-        elif _pads_itself(a):
+        elif a.padding_mode == "zeros" and a.padding[::2] == a.padding[1::2] and min(a.padding) >= 0:
             # PyTorch's own padding: no copy, and a gradient of NaN is not multiplied by the zeros.
             padding, sizes = [0, 0, 0, 0], padding[2::-2]
         padded = reference.moved(z, a.upsample, padding, a.padding_mode)

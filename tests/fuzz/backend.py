@@ -34,6 +34,17 @@ class Compiled:
     strides: set[tuple[int, ...]] = field(default_factory=set)
 
 
+def count(ops: Counter[str], op: Any, args: Any) -> None:
+    """Add a call of one of our ops; of a trunk its convolutions.
+
+    Wherever something watches a trunk it is made of those, but the inference mode shows it whole.
+    """
+    if op is residual_trunk:
+        ops["styleforge::conv2d"] += len(args[WEIGHTS])
+    else:
+        ops[op.name()] += 1
+
+
 class _Executed(TorchDispatchMode):
     """Counts the calls of our ops."""
 
@@ -43,7 +54,7 @@ class _Executed(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "styleforge":
-            self.ops[func.name()] += 1
+            count(self.ops, func, args)
         return func(*args, **(kwargs or {}))
 
 
@@ -75,10 +86,7 @@ class Backend:
                 graph.faults.append("compiled twice, two different graphs")
             ops = list(_ops(rewritten))
             for op in ops:
-                # A trunk is made of convolutions wherever something watches it.
-                of_trunk = op.target is residual_trunk
-                name = "styleforge::conv2d" if of_trunk else op.target.name()  # type: ignore[union-attr]
-                graph.expected[name] += len(op.args[WEIGHTS]) if of_trunk else 1  # type: ignore[arg-type]
+                count(graph.expected, op.target, op.args)
             anchors = [name for name, _ in graph.decisions]
             run = dict.fromkeys(site for op in ops for site in op.meta["sites"])
             if not set(run) <= set(anchors) or set(anchors) - set(run) - _folded(analysis):

@@ -161,6 +161,11 @@ class Program:
     seed: int = 0
 
     @property
+    def writes_to_input(self) -> bool:
+        """Whether an input that wants no gradient is written to before the backward pass."""
+        return self.input_reused and self.layout != "expanded"  # of which many pixels are one number
+
+    @property
     def source(self) -> str:
         """A Python file that builds the network, runs it compiled and not, and prints the difference."""
         modules = [f"        self.{name} = {made}" for name, made in self.modules] or ["        pass"]
@@ -171,7 +176,7 @@ class Program:
         network_format = f".to(memory_format=torch.{self.network_format})" if self.network_format else ""
         return _SOURCE.format(
             device=self.device, dtype=self.dtype, grad=self.grad,
-            input_reused=self.input_reused and self.layout != "expanded", modules="\n".join(modules),
+            input_reused=self.writes_to_input, modules="\n".join(modules),
             statements="\n".join(statements), results=f"({', '.join(self.results)},)", seed=self.seed,
             training=self.training, network_format=network_format,
             layout=f"({LAYOUTS[self.layout]}){requires}", sizes=self.sizes, dynamic=self.dynamic,

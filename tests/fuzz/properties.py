@@ -55,8 +55,7 @@ def call(program: Program, network: nn.Module, function: Callable[..., Any], x: 
     wanted = [(f"output {i}", o) for i, o in enumerate(outputs) if o.requires_grad]
     gradients: dict[str, Tensor] | None = {}
     if wanted and program.is_differentiated:
-        # Of an expanded picture many pixels are one number.
-        if program.input_reused and not x.requires_grad and program.layout != "expanded":
+        if program.writes_to_input and not x.requires_grad:
             x.mul_(0.5)
         generator = torch.Generator().manual_seed(0)
         total = sum(

@@ -4,7 +4,7 @@ A network can magnify the rounding of one operation without bound (the norm of a
 for rounding), and a gradient jumps where an activation bends. ``noise`` measures that: the network runs in
 float64 with every operation's result perturbed by one rounding of the dtype in question, at random. A sum or
 mean is off by a rounding of the sum of its terms' sizes as well: that of a plane that a norm has centred is
-nothing else.
+nothing else, nor is the gradient of a bias that a norm removes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch.utils._pytree import tree_map
 PROMISED = 1.25
 RUNS, MORE_RUNS = 4, 64
 """More where few do not explain an error: whether a pixel crosses an activation's bend is up to chance."""
-SUMS = ("aten::mean", "aten::sum", "aten::_adaptive_avg_pool2d")
+SUMS = {"aten::mean": 1, "aten::sum": 1, "aten::_adaptive_avg_pool2d": 1, "aten::convolution_backward": 3}
+"""By what adds up numbers, of how many of its first arguments those are products."""
+NORM_GRADIENT = "aten::native_batch_norm_backward"
 SLACK = {torch.float64: 32, torch.float32: 16, torch.bfloat16: 4, torch.float16: 4}
 """How many times the largest perturbation of ``RUNS`` a result may be off; 16-bit sums have 32-bit terms."""
 
@@ -43,14 +45,43 @@ class _Rounded(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        name = func._schema.name
         writes = any(r.alias_info is not None for r in func._schema.returns)
-        summed = func._schema.name in SUMS and not writes and args[0].is_floating_point()
-        if summed and out.dtype == torch.float64:
-            # Terms are added in 32 bits, or in 64 of a network in float64.
-            unit = min(self.unit, torch.finfo(torch.float32).eps)
-            sizes = func(args[0].abs(), *args[1:], **(kwargs or {}))
-            out = out + unit * sizes * (2 * torch.rand_like(out) - 1)
+        exact = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
+        if name in SUMS and exact and not writes:
+            terms = SUMS[name]
+            sizes = func(*(x.abs() for x in args[:terms]), *args[terms:], **(kwargs or {}))
+            out = tree_map(lambda x, size: None if x is None else x + self.off(size), out, sizes)
+        elif name == NORM_GRADIENT and exact:
+            out = self.norm_gradient(out, *args)
         return out if writes else tree_map(self.perturbed, out)
+
+    def off(self, size: Tensor) -> Tensor:
+        """How far off a sum of terms is whose sizes add up to ``size``.
+
+        They are added in 32 bits, or in 64 of a network in float64.
+        """
+        return min(self.unit, torch.finfo(torch.float32).eps) * size * (2 * torch.rand_like(size) - 1)
+
+    def norm_gradient(self, out: Any, grad: Tensor, x: Tensor, weight: Any, *settings: Any) -> Any:
+        """``out``, the gradients of a norm by a picture's own statistics, with its sums off.
+
+        That by x is weight / std * (g - mean(g) - z mean(g z)) of the gradient g by the result, and of z, the
+        picture normalised: where a mean is off, every pixel of the plane is. Those by weight and bias are the
+        sums of g z and of g.
+        """
+        by_x, by_weight, by_bias = out
+        mean, invstd = (v.view(-1, 1, 1) for v in settings[2:4])
+        z, axes = (x - mean) * invstd, (0, 2, 3)
+        if by_x is not None:
+            scale = invstd if weight is None else invstd * weight.view(-1, 1, 1)
+            first, second = (self.off(v.abs().mean(axes, keepdim=True)) for v in (grad, grad * z))
+            by_x = by_x - scale * (first + z * second)
+        if by_weight is not None:
+            by_weight = by_weight + self.off((grad * z).abs().sum(axes))
+        if by_bias is not None:
+            by_bias = by_bias + self.off(grad.abs().sum(axes))
+        return by_x, by_weight, by_bias
 
     def perturbed(self, x: Any) -> Any:
         """``x`` itself, with other last digits."""
