@@ -6,7 +6,7 @@
 // r leaves raw, with its mean and variance, and beside it the z that is still to be added to it.
 //
 // A block keeps its tile of 8 x 16 pixels on chip throughout. Two tiles with halo lie in shared memory: z, and what
-// is between a block's two convolutions. The product has output channels as its rows and pixels as its columns; its
+// is between a block's two convolutions (of float32: one, see residual_pixels.cuh). The product has output channels as its rows and pixels as its columns; its
 // sums stay in registers until all blocks have met, once a layer: by then every block has added its sums of each
 // channel to the totals and published the raw pixels that its neighbours' halos need. After that it turns the totals
 // into a scale and a shift, finishes its own pixels out of its registers and its halo out of the published ones,
@@ -14,15 +14,13 @@
 //
 // Weights stream through a ring in shared memory, ahead of the products, also over the meetings.
 //
-// Constants: DTYPE, PARAMETER, CHANNELS (64, 128), RELU (of x's norm), STAGES of the ring.
+// Constants: DTYPE (0: multiplied in TF32), PARAMETER, CHANNELS (64, 128), RELU (of x's norm), STAGES of the ring.
 #define MMA_N 128
 #define COPIES 1  // of the totals: a block has one tile, so few blocks add to them
 // All blocks add at once, and then all read: neighbours would wait for one part of the L2 cache.
 #define SECTOR_STRIDE 64
 #include "channel_sums.cuh"
-#include "hopper.cuh"
-#include "norm.cuh"
-#include "residual_trunk.cuh"
+#include "residual_pixels.cuh"
 
 // Wait until `expected` blocks have arrived. What threads of the block wrote before its last barrier is seen by the
 // others afterwards.
@@ -34,26 +32,8 @@ DEVICE void meet(u32* arrivals, u32 expected) {
   } while (arrived < expected);
 }
 
-// This thread's raw pixels, two channels' in 8 rows of every column, finished into a tile; a lane has the address of
-// one row of four 8x8 matrices, two columns' of both channels' eight.
-template <bool kResidual>
-DEVICE void finish_pixels(const u32 (&raw)[TILE_W][2], const Affine (&affine)[2], u32 into, u32 dump,
-                          const Tile& tile) {
-  const int lane = threadIdx.x & 31, matrix = lane >> 3, row = lane & 7, column = matrix >> 1;
-  const int chunk = (threadIdx.x >> 5) * 2 + (matrix & 1);
-#pragma unroll
-  for (int g = 0; g < TILE_W; g += 2) {
-    const bool inside = tile.has(row, g + column);
-    const u32 at = inside ? into + offset_in_tile(row + 1, g + column + 1, chunk) : dump + lane * 16;
-    uint4 more = {};
-    if (kResidual) more = load_transposed(at);
-    const u32 add[4] = {more.x, more.y, more.z, more.w};
-    u32 pairs[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      pairs[i] = finished<!kResidual, kResidual>(raw[g + i / 2][i % 2], affine[i % 2], affine[i % 2], add[i]);
-    store_transposed(at, pairs[0], pairs[1], pairs[2], pairs[3]);
-  }
+DEVICE Affine affine_at(const unsigned char* shared, int channel) {
+  return *reinterpret_cast<const Affine*>(shared + AFFINES + channel * 8);
 }
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
@@ -62,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
                    element* exchange, element* out, element* z, SumsWorkspace* workspace, float* out_mean,
                    float* out_variance, int depth, int height, int width, int tiles_x) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  const u32 base = shared_address(shared), ring = base + 2 * TILE_BYTES, affines = base + AFFINES;
+  const u32 base = shared_address(shared), ring = base + RING, affines = base + AFFINES;
   const u32 full = base + BARRIERS, empty = full + 8 * STAGES;
   const int group = of_warp(threadIdx.x >> 7), thread = threadIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Tile tile(blockIdx.x, tiles_x, height, width);
@@ -72,9 +52,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     barrier_init_fence();
   }
   __syncthreads();
+  // Not the other way round: blocks that wait for each other may not begin while others still hold their places.
+  launch_dependents();
 
   if (group == GROUPS) {
-    if (GROUPS == 2) give_registers_back<40>();
+    if (GROUPS == 2) give_registers_back<DTYPE == 0 ? 24 : 40>();
     if (thread == CONSUMERS) {  // fetches the weights
 #pragma unroll 1
       for (int use = 0; use < depth * LAYER_STAGES; use++) {
@@ -84,36 +66,34 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         barrier_expect(full + 8 * slot, STAGE_BYTES);
         bulk_copy(ring + slot * STAGE_BYTES, from, STAGE_BYTES, full + 8 * slot);
       }
-    } else if (warp > CONSUMERS / 32) {  // three warps write the last z, while the others multiply
+    } else if (DTYPE != 0 && warp > CONSUMERS / 32) {  // three warps write the last z, while the others multiply
       named_barrier(2, CONSUMERS + 96);
       for (int i = thread - CONSUMERS - 32; i < TILE_H * TILE_W * CHUNKS; i += 96) {
         const int chunk = i % CHUNKS, column = i / CHUNKS % TILE_W, row = i / CHUNKS / TILE_W;
         if (!tile.has(row, column)) continue;
-        element* to = z + ((tile.y + row) * width + tile.x + column) * CHANNELS + chunk * 8;
+        element* to = z + ((tile.y + row) * width + tile.x + column) * CHANNELS + chunk * CHUNK_CHANNELS;
         *reinterpret_cast<uint4*>(to) = load_shared(base + offset_in_tile(row + 1, column + 1, chunk));
       }
     }
     __syncwarp();
   } else {
-    if (GROUPS == 2) take_registers<232>();  // 128 x 40 + 256 x 232 is what 384 threads are launched with
+    // 128 x 40 + 256 x 232, or 128 x 24 + 256 x 240: what 384 threads are launched with.
+    if (GROUPS == 2) take_registers<DTYPE == 0 ? 240 : 232>();
     // Two of this thread's accumulators belong to neighbouring rows of one column of the tile, all to one of two
     // channels: `channel` and the eighth after it.
-    const int quad = lane & 3, channel0 = warp * 16, channel = channel0 + (lane >> 2);
-    // The pixels that others need, after the transposition that gives a lane one row and two channels.
-    const int line = lane >> 2, stored0 = ((tile.y + line) * width + tile.x) * CHANNELS + channel0 + 2 * quad;
-    const u32 needed_columns = tile.needed_columns();
-    const bool needed_row = tile.needed_rows() >> line & 1;
+    const int quad = lane & 3, channel = warp * 16 + (lane >> 2);
+    OwnPixels own(tile, warp, lane);
     const bool whole = tile.rows == TILE_H && tile.columns == TILE_W;
     const u32 all_totals = 3 * CHANNELS;  // one set each for this layer, the one before and the next
     const double per_pixel = 1.0 / ((double)height * width);
 
     // This thread's chunk of channels of the halo, in the picture and in a tile.
     const int chunk = thread % CHUNKS;
-    constexpr int kCells = (HALO_CELLS * CHUNKS + CONSUMERS - 1) / CONSUMERS;
-    int from[kCells];
-    u32 to[kCells];
+    const u32 z_halo = base + Z_HALO + thread * 16;  // of float32: where it keeps z of the first of them
+    int from[THREAD_CELLS];
+    u32 to[THREAD_CELLS];
 #pragma unroll
-    for (int i = 0; i < kCells; i++) {
+    for (int i = 0; i < THREAD_CELLS; i++) {
       int row, column;
       halo_cell((thread + i * CONSUMERS) / CHUNKS, tile.rows, tile.columns, row, column);
       const bool any = (i + 1) * CONSUMERS <= HALO_CELLS * CHUNKS || thread + i * CONSUMERS < HALO_CELLS * CHUNKS;
@@ -128,8 +108,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     }
     named_barrier(1, CONSUMERS);
     {
-      Affine affine[8];
-      load_affines(affines + chunk * 64, affine);
+      Affine affine[CHUNK_CHANNELS];
+      load_affines(affines + chunk * CHUNK_CHANNELS * 8, affine);
       constexpr int kBatch = 6;
 #pragma unroll 1
       for (int begin = thread / CHUNKS; begin < CELLS; begin += kBatch * CONSUMERS / CHUNKS) {
@@ -146,9 +126,19 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
           const int cell = begin + i * (CONSUMERS / CHUNKS);
           if (at[i] >= 0)
             store_shared(base + offset_in_tile(cell % PLANE_H, cell / PLANE_H, chunk),
-                         finished<RELU, false>(v[i], affine, v[i]));
+                         operand(finished<RELU, false>(v[i], affine, v[i])));
         }
       }
+#if DTYPE == 0
+#pragma unroll
+      for (int i = 0; i < THREAD_CELLS; i++)
+        if (from[i] >= 0) {
+          const uint4 raw = *reinterpret_cast<const uint4*>(x + from[i]);
+          store_shared(z_halo + i * CONSUMERS * 16, finished<RELU, false>(raw, affine, raw));
+        }
+      const Affine two[2] = {affine_at(shared, channel), affine_at(shared, channel + 8)};
+      own.begin(x, two);
+#endif
     }
 
 #pragma unroll 1
@@ -156,44 +146,52 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       const bool second = layer & 1, last = layer == depth - 1;  // of its block's two, of all
       async_fence();
       named_barrier(1, CONSUMERS);
+#if DTYPE == 0
+      if (layer == depth - 2) own.publish(own.z, z, true);
+#else
       if (layer == depth - 2) named_barrier_arrive(2, CONSUMERS + 96);
-      float d[MMA_N / 2];
-      const u64 pixels = descriptor(base + (second ? TILE_BYTES : 0), 16, PLANE_H * PIXEL_BYTES, SWIZZLE_64);
+#endif
+      float d[MMA_N / 2] = {};
+      const u64 pixels = descriptor(base + (second ? BETWEEN : 0), 16, PLANE_H * PIXEL_BYTES, SWIZZLE_64);
       const u64 weights = descriptor(ring + group * 2048, 1024, 128, SWIZZLE_NONE);
       auto release = [&](int use) {
         if (lane == 0) barrier_arrive(empty + 8 * (use % STAGES));
         __syncwarp();
       };
+#pragma unroll 1
+      for (int part = 0; part < LAYER_STAGES / PART_STAGES; part++) {
 #pragma unroll
-      for (int stage = 0; stage < LAYER_STAGES; stage++) {
-        const int use = layer * LAYER_STAGES + stage;
-        barrier_wait(full + 8 * (use % STAGES), use / STAGES & 1);
-        const u64 a = weights + (u64)(use % STAGES * STAGE_BYTES >> 4);
-        wgmma_fence();
+        for (int stage = 0; stage < PART_STAGES; stage++) {
+          const int use = layer * LAYER_STAGES + part * PART_STAGES + stage;
+          barrier_wait(full + 8 * (use % STAGES), use / STAGES & 1);
+          const u64 a = weights + (u64)(use % STAGES * STAGE_BYTES >> 4);
+          const u64 b = pixels + (u64)(part * 2 * PLANE_BYTES >> 4);
+          wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < STAGE_STEPS; i++) {
-          const int step = stage * STAGE_STEPS + i, plane = step / 18, k = step % 18 / 9, tap = step % 9;
-          const int pixel = tap % 3 * PLANE_H + tap / 3;
-          multiply(d, a + (u64)(i * STEP_BYTES >> 4),
-                   pixels + (u64)((plane * PLANE_BYTES + pixel * PIXEL_BYTES + k * 32) >> 4), step != 0);
-        }
-        wgmma_commit();
-        if (stage > 0) {
-          wgmma_wait<1>();
-          release(use - 1);
+          for (int i = 0; i < STAGE_STEPS; i++) {
+            const int step = stage * STAGE_STEPS + i, plane = step / 18, k = step % 18 / 9, tap = step % 9;
+            const int pixel = tap % 3 * PLANE_H + tap / 3;
+            multiply(d, a + (u64)(i * STEP_BYTES >> 4),
+                     b + (u64)((plane * PLANE_BYTES + pixel * PIXEL_BYTES + k * 32) >> 4), part || step);
+          }
+          wgmma_commit();
+          if (part || stage) {
+            wgmma_wait<1>();
+            release(use - 1);
+          }
         }
       }
       wgmma_wait<0>();
       release(layer * LAYER_STAGES + LAYER_STAGES - 1);
 
-      u32 raw[TILE_W][2];
+      RawPixels raw;
 #pragma unroll
-      for (int i = 0; i < MMA_N / 4; i++) raw[i / 2][i % 2] = pack<DTYPE>(d[2 * i], d[2 * i + 1]);
+      for (int i = 0; i < MMA_N / 4; i++) raw[i / 2][i % 2] = rounded(d[2 * i], d[2 * i + 1]);
 
       // First what travels longest: the totals, then the pixels that others need.
       QuadSums statistics = {};
 #pragma unroll
-      for (int k = 0; k < 2; k++) statistics.sums[k].start(low(__shfl_sync(~0u, raw[0][k], lane & ~3)));
+      for (int k = 0; k < 2; k++) statistics.sums[k].start(__shfl_sync(~0u, low(raw[0][k]), lane & ~3));
       if (whole) {
 #pragma unroll
         for (int i = 0; i < MMA_N / 4; i++)
@@ -213,14 +211,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       statistics.flush(workspace, 0, all_totals, totals + channel, 8, all_totals, per_pixel);
 
       element* published = (second ? out : exchange);  // `out` until the last layer writes it
-#pragma unroll
-      for (int g = 0; g < TILE_W; g++)
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-          const u32 two = transpose_8x8(raw[g][k]);
-          if (tile.has(line, g) && (last || needed_row || (needed_columns >> g & 1)))
-            *reinterpret_cast<u32*>(published + stored0 + g * CHANNELS + 8 * k) = two;
-        }
+      own.publish(raw, published, last);
 
       if (last) break;
 
@@ -232,9 +223,9 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       named_barrier(1, CONSUMERS);
       if (thread == 0) meet(&workspace->arrivals, (layer + 1) * gridDim.x);
       named_barrier(1, CONSUMERS);
-      uint4 v[kCells];
+      uint4 v[THREAD_CELLS];
 #pragma unroll
-      for (int i = 0; i < kCells; i++)
+      for (int i = 0; i < THREAD_CELLS; i++)
         if (from[i] >= 0) v[i] = __ldcg(reinterpret_cast<const uint4*>(published + from[i]));
       if (thread < CHANNELS) {
         float m, s;
@@ -245,21 +236,20 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         if (blockIdx.x == 0 && layer > 0) clear_total(workspace, all_totals, (layer - 1) % 3 * CHANNELS + thread);
       }
       named_barrier(1, CONSUMERS);
-      const u32 into = base + (second ? 0 : TILE_BYTES);
-      Affine affine[2];
+      const u32 into = base + (second ? 0 : BETWEEN);
+      const Affine two[2] = {affine_at(shared, channel), affine_at(shared, channel + 8)};
+      if (second) own.finish<true>(raw, two, into, base + DUMP);
+      else own.finish<false>(raw, two, into, base + DUMP);
+      Affine affine[CHUNK_CHANNELS];
+      load_affines(affines + chunk * CHUNK_CHANNELS * 8, affine);
 #pragma unroll
-      for (int k = 0; k < 2; k++)
-        affine[k] = *reinterpret_cast<const Affine*>(shared + AFFINES + (channel + 8 * k) * 8);
-      if (second) finish_pixels<true>(raw, affine, into, base + DUMP, tile);
-      else finish_pixels<false>(raw, affine, into, base + DUMP, tile);
-      Affine eight[8];
-      load_affines(affines + chunk * 64, eight);
-#pragma unroll
-      for (int i = 0; i < kCells; i++)
+      for (int i = 0; i < THREAD_CELLS; i++)
         if (from[i] >= 0) {
-          const u32 at = into + to[i];
-          store_shared(at, second ? finished<false, true>(v[i], eight, load_shared(at))
-                                  : finished<true, false>(v[i], eight, v[i]));
+          const u32 at = into + to[i], kept = DTYPE == 0 ? z_halo + i * CONSUMERS * 16 : at;
+          const uint4 pixel = second ? finished<false, true>(v[i], affine, load_shared(kept))
+                                     : finished<true, false>(v[i], affine, v[i]);
+          if (DTYPE == 0 && second) store_shared(kept, pixel);
+          store_shared(at, operand(pixel));
         }
     }
 

@@ -29,13 +29,13 @@ def made(n: int = 1, c: int = 64, h: int = 16, w: int = 32, depth: int = 4, dtyp
 @pytest.fixture
 def on_hopper(monkeypatch):
     """CPU tensors are taken for a Hopper GPU's, which has 132 multiprocessors."""
-    monkeypatch.setattr(hopper, "runs_on", lambda x: x.dtype in hopper.SIXTEEN_BIT)
+    monkeypatch.setattr(hopper, "runs_on", lambda x: x.dtype in hopper.OPERANDS)
     monkeypatch.setattr(residual_trunk, "multiprocessors", lambda index: 132)
 
 
 @pytest.mark.parametrize(
-    "sizes", [{}, {"c": 128}, {"dtype": torch.bfloat16}, {"h": 2, "w": 2}, {"h": 88, "w": 192},
-              {"h": 81, "w": 177}, {"depth": 20}]
+    "sizes", [{}, {"c": 128}, {"dtype": torch.bfloat16}, {"dtype": torch.float32}, {"h": 2, "w": 2},
+              {"h": 88, "w": 192}, {"h": 81, "w": 177}, {"depth": 20}]
 )  # fmt: skip
 def test_taken(sizes, on_hopper):
     assert refusal(*made(**sizes)) is None
@@ -43,12 +43,17 @@ def test_taken(sizes, on_hopper):
 
 @pytest.mark.parametrize(
     ("sizes", "why"),
-    [({"n": 2}, "2 images"), ({"c": 32}, "32 channels"), ({"dtype": torch.float32}, "needs float16"),
+    [({"n": 2}, "2 images"), ({"c": 32}, "32 channels"), ({"dtype": torch.float64}, "needs float16"),
      ({"h": 1}, "no pixel to reflect"), ({"h": 88, "w": 193}, "more tiles"),
      ({"h": 89, "w": 192}, "more tiles"), ({"depth": 22}, "22 convolutions")],
 )  # fmt: skip
 def test_refused_for_its_sizes(sizes, why, on_hopper):
     assert why in refusal(*made(**sizes))
+
+
+def test_float32_is_refused_where_it_may_not_be_rounded(on_hopper):
+    assert refusal(*made(dtype=torch.float32), "fp32") == "TF32 is not allowed"
+    assert refusal(*made(), "fp32") is None  # what the convolutions' precision means for float16
 
 
 def test_refused_for_its_tensors(on_hopper):
@@ -159,28 +164,39 @@ def test_halos_are_whole_and_of_published_pixels(h, w):
         assert {(reflected(y - 1 + r, h), reflected(x - 1 + c, w)) for r, c in cells} <= published
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("channels", residual_trunk.CHANNELS)
-def test_packed_weights_times_a_tile_are_the_convolution(channels):
+def test_packed_weights_times_a_tile_are_the_convolution(channels, dtype):
     """The operands' addresses as csrc/residual_trunk.cu gives them to the tensor cores, and their swizzle."""
-    picture = torch.randint(-3, 4, (1, channels, PLANE_H, PLANE_W)).half()
-    weight = torch.randint(-3, 4, (channels, channels, 3, 3)).half()
-    tile = np.zeros(channels // 32 * PLANE_BYTES // 2, np.float16)
+    picture = torch.randint(-3, 4, (1, channels, PLANE_H, PLANE_W)).to(dtype)
+    weight = torch.randint(-3, 4, (channels, channels, 3, 3)).to(dtype)
+    size = dtype.itemsize
+    each = 16 // size  # channels of a chunk
+    tile = np.zeros(channels // each // 4 * PLANE_BYTES // size, picture.numpy().dtype)
     for row in range(PLANE_H):
         for column in range(PLANE_W):
-            for chunk in range(channels // 8):
-                at = offset_in_tile(row, column, chunk) // 2
-                tile[at : at + 8] = picture[0, 8 * chunk : 8 * chunk + 8, row, column]
+            for chunk in range(channels // each):
+                at = offset_in_tile(row, column, chunk) // size
+                tile[at : at + each] = picture[0, each * chunk : each * (chunk + 1), row, column]
     stream = pack(weight).reshape(-1).numpy()
-    out, pixel, k16 = np.arange(channels), np.arange(ROWS * COLUMNS), np.arange(16)
+    out, pixel, k = np.arange(channels), np.arange(ROWS * COLUMNS), np.arange(2 * each)
     total = np.zeros((channels, ROWS * COLUMNS), np.float32)
-    for step in range(9 * channels // 16):
-        plane, k, tap = step // 18, step % 18 // 9, step % 9
-        start = plane * PLANE_BYTES + (tap % 3 * PLANE_H + tap // 3) * 64 + k * 32
-        column = (pixel // 8 * PLANE_H * 64 + pixel % 8 * 64)[:, None] + k16 // 8 * 16 + start
+    for step in range(9 * channels // (2 * each)):
+        plane, half, tap = step // 18, step % 18 // 9, step % 9
+        start = plane * PLANE_BYTES + (tap % 3 * PLANE_H + tap // 3) * 64 + half * 32
+        column = (pixel // 8 * PLANE_H * 64 + pixel % 8 * 64)[:, None] + k // each * 16 + start
         column ^= (column >> 7 & 3) << 4
         row = step * channels * 32 + (out // 64 * 2048 + out % 64 // 8 * 128 + out % 8 * 16)[:, None]
-        a = stream[(row + k16 // 8 * 1024) // 2 + k16 % 8]
-        total += a.astype(np.float32) @ tile[column // 2 + k16 % 8].astype(np.float32).T
+        a = stream[(row + k // each * 1024) // size + k % each]
+        total += a.astype(np.float32) @ tile[column // size + k % each].astype(np.float32).T
     ours = total.reshape(channels, COLUMNS, ROWS).transpose(0, 2, 1)
     wanted: Tensor = F.conv2d(picture.float(), weight.float())[0]
     assert np.array_equal(ours, wanted.numpy())
+
+
+def test_float32_weights_are_rounded_to_tf32():
+    weight = torch.randn(64, 64, 3, 3)
+    stream = pack(weight)
+    assert (weight.view(torch.int32) & 0x1FFF).any()
+    assert not (stream.view(torch.int32) & 0x1FFF).any()
+    assert (stream.sum() - weight.sum()).abs() < 1e-4 * weight.abs().sum()

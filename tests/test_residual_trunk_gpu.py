@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sf_compile import ops
 from sf_compile.backend import styleforge
+from sf_compile.bench.checks import run_in_tf32
 from sf_compile.cuda import loader, residual_trunk
 from sf_compile.models import TransformerNet
 
@@ -97,7 +98,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("case", CASES)
 def test_as_close_to_float64_as_its_layers(case, dtype, launches):
     trunk = made(*CASES[case], dtype)
@@ -120,6 +121,13 @@ def test_norms_in_float32():
         assert relative_error(out, wanted) < 0.01
 
 
+def test_float32_that_may_not_be_rounded_is_run_by_layers(launches, strict_float32):
+    trunk = made(37, 53, dtype=torch.float32)
+    for out, wanted in zip(trunk(), trunk.exact(), strict=True):
+        assert relative_error(out, wanted) < 1e-5
+    assert launches == []
+
+
 def test_a_picture_of_more_tiles_than_multiprocessors_is_run_by_layers(launches):
     trunk = made(8, 16 * (torch.cuda.get_device_properties(0).multi_processor_count + 1))
     assert equal(trunk(), trunk.layers()) and launches == []
@@ -136,7 +144,7 @@ def test_infinity_shows_up_as_in_the_layers_and_is_gone_in_the_next_call():
 
 
 def test_on_two_streams_at_once():
-    trunks = [made(64, 64, blocks=5), made(37, 53, blocks=3)]
+    trunks = [made(64, 64, blocks=5), made(37, 53, blocks=3), made(64, 64, dtype=torch.float32)]
     expected = [trunk() for trunk in trunks]
     streams = [torch.cuda.Stream() for _ in trunks]
     results = []
@@ -151,7 +159,8 @@ def test_on_two_streams_at_once():
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_captured_into_cuda_graphs(warm, launches):
-    graphs, results, trunks = [], [], [made(64, 64), made(37, 53, blocks=3)]
+    graphs, results = [], []
+    trunks = [made(64, 64), made(37, 53, blocks=3, dtype=torch.float32)]
     for trunk in trunks:
         if warm:
             trunk()
@@ -180,13 +189,16 @@ def test_a_changed_weight_takes_effect():
     assert relative_error(after[3], exact) <= 1.25 * relative_error(trunk.layers()[3], exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [64, 512])
-def test_a_whole_network(size, launches):
-    model = TransformerNet().eval().to("cuda", torch.float16)
-    x = (torch.rand(1, 3, size, size, device="cuda") * 255).half()
+def test_a_whole_network(size, dtype, launches):
+    model = TransformerNet().eval().to("cuda", dtype)
+    x = (torch.rand(1, 3, size, size, device="cuda") * 255).to(dtype)
     ours = torch.compile(model, backend=styleforge)
     with torch.no_grad():
-        eager, results = model(x), [ours(x) for _ in range(4)]
+        # Eager mixes TF32 with float32, as cuDNN prefers.
+        eager = run_in_tf32(model, x) if dtype == torch.float32 else model(x)
+        results = [ours(x) for _ in range(4)]
         exact = model.double()(x.double())
     assert launches == [(1, 128, size // 4, size // 4)] * 2  # after these two, replays
     assert "residual_trunk" in {kernel.entry for kernel in loader.loaded()}

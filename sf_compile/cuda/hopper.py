@@ -67,7 +67,7 @@ def kernels(index: int) -> str | None:
 def runs_on(x: Tensor) -> bool:
     """Whether ``x`` is a picture in a dtype and on a device that kernels of this family run on."""
     on_hopper = x.is_cuda and available(x.device.index)
-    return on_hopper and x.dtype in SIXTEEN_BIT and x.numel() > 0 and usable_or_warn()
+    return on_hopper and x.dtype in OPERANDS and x.numel() > 0 and usable_or_warn()
 
 
 def refusal(a: Arguments) -> str | None:

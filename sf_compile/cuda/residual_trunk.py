@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sf_compile import tf32
 from sf_compile.cuda import hopper
 from sf_compile.cuda.argument_block import Addresses
 from sf_compile.cuda.launcher import Kernel
@@ -24,8 +25,8 @@ CHANNELS = (64, 128)
 
 MOST_LAYERS = 20
 _TILE_H, _TILE_W = 8, 16
-_STAGES = 8
-_STAGE_STEPS = 4  # k16 steps whose weights are fetched together
+_MOST_STAGES = 8  # of the ring of weights
+_STAGE_STEPS = 4  # steps of a product, of 32 bytes, whose weights are fetched together
 _HEADER_BYTES = 16
 _TOTAL_BYTES = 512 // 4 * (4 + 1)  # of a channel: four totals, a count; sectors of four lie 512 bytes apart
 _SIGNATURE = "F" + "PPPPPff" + "PPPPPP" + "iiii"
@@ -52,7 +53,14 @@ class Variant(NamedTuple):
     parameter: int
     channels: int
     relu: bool
-    stages: int = _STAGES
+    stages: int
+
+    @classmethod
+    def of(cls, dtype: int, parameter: int, channels: int, relu: bool) -> Variant:
+        """With as many stages as find room."""
+        bare = cls(dtype, parameter, channels, relu, 0)
+        room = (hopper.SHARED_BYTES - bare.shared_bytes) // (bare.stage_bytes + 16)
+        return bare._replace(stages=min(_MOST_STAGES, room))
 
     def constants(self) -> dict[str, int]:
         """By the names that the kernel source uses."""
@@ -64,19 +72,30 @@ class Variant(NamedTuple):
         return 128 * (self.channels // 64 + 1)
 
     @property
+    def stage_bytes(self) -> int:
+        """Of the weights that are fetched together."""
+        return _STAGE_STEPS * self.channels * 32
+
+    @property
     def shared_bytes(self) -> int:
-        """Of a block: two tiles with halo, the ring of weights, scales and shifts, a dump, barriers."""
-        plane = -(-(_TILE_H + 2) * (_TILE_W + 2) * 64 // 512) * 512
-        ring = self.stages * _STAGE_STEPS * self.channels * 32
-        return 2 * self.channels // 32 * plane + ring + 8 * self.channels + 512 + 16 * self.stages
+        """Of a block: two tiles with halo (of float32 one, and a halo again), the ring, and what is small.
+
+        That is scales and shifts, a dump, and barriers.
+        """
+        cells, threads = (_TILE_H + 2) * (_TILE_W + 2), self.threads - 128
+        chunks = self.channels // (8 if self.dtype else 4)
+        tile = chunks // 4 * (-(-cells * 64 // 512) * 512)
+        halo = -(-(cells - _TILE_H * _TILE_W) * chunks // threads) * threads * 16
+        pictures = 2 * tile if self.dtype else tile + halo
+        return pictures + self.stages * (self.stage_bytes + 16) + 8 * self.channels + 512
 
 
 def variants() -> Iterator[tuple[str, dict[str, int]]]:
     """(source, constants) of every kernel that ``trunk`` can ask for, but for norms in float32."""
-    for dtype in hopper.SIXTEEN_BIT.values():
+    for dtype in hopper.OPERANDS.values():
         for channels in CHANNELS:
             for relu in (True, False):
-                yield SOURCE, Variant(dtype, dtype, channels, relu).constants()
+                yield SOURCE, Variant.of(dtype, dtype, channels, relu).constants()
 
 
 @functools.cache
@@ -90,14 +109,19 @@ def _grid(height: int, width: int) -> tuple[int, int]:
     return tiles_x, tiles_x * -(-height // _TILE_H)
 
 
-def refusal(x: Tensor, finish: Finish, weights: Sequence[Tensor], norms: Sequence[Affine]) -> str | None:
+def refusal(
+    x: Tensor, finish: Finish, weights: Sequence[Tensor], norms: Sequence[Affine], precision: str = "auto"
+) -> str | None:
     """Why ``trunk`` does not run residual blocks of these ``weights`` on ``x``; None where it does.
 
-    Reads shapes, dtypes, strides and addresses, of the picture first: that tells the pictures that are too
-    large from one tensor. ``finish`` is taken to fit ``x`` in shapes and devices.
+    Float32 is multiplied in TF32, where ``precision`` allows that. Reads shapes, dtypes, strides and
+    addresses, of the picture first: that tells the pictures that are too large from one tensor. ``finish`` is
+    taken to fit ``x`` in shapes and devices.
     """
     if not hopper.runs_on(x):
-        return "the residual trunk needs float16 or bfloat16, compute capability 9.0 and NVRTC"
+        return "the residual trunk needs float16, bfloat16 or float32, compute capability 9.0 and NVRTC"
+    if x.dtype == torch.float32 and not tf32.allowed(precision):
+        return "TF32 is not allowed"
     n, c, h, w = x.shape
     if n != 1:
         return f"{n} images: the residual trunk takes one"
@@ -153,7 +177,7 @@ def trunk(
     _, c, h, w = x.shape
     parameter = _parameter(x, finish, norms)
     assert parameter is not None
-    variant = Variant(hopper.SIXTEEN_BIT[x.dtype], parameter, c, finish.relu)
+    variant = Variant.of(hopper.OPERANDS[x.dtype], parameter, c, finish.relu)
     tiles_x, tiles = _grid(h, w)
     streamed = [packed(weight, "residual_trunk", pack).weight for weight in weights]
     after = [*((pointer(weight), pointer(bias)) for weight, bias in norms), (0, 0)]
@@ -176,7 +200,10 @@ def trunk(
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Weights (C, C, 3, 3) as (plane of 32 channels, 16 of these, tap, 64 rows, 8 channels, row, channel)."""
-    c = weight.shape[0]
-    split = weight.reshape(c // 64, 64, c // 32, 2, 2, 8, 9)
+    """Weights (C, C, 3, 3) as (plane, half of it, tap, 64 rows, chunk of the half, row, channel).
+
+    A chunk is 16 bytes of channels, and a plane four; float32 ones are rounded to TF32.
+    """
+    c, chunk = weight.shape[0], 16 // weight.element_size()
+    split = tf32.rounded(weight).reshape(c // 64, 64, c // (4 * chunk), 2, 2, chunk, 9)
     return split.permute(2, 3, 6, 0, 4, 1, 5).contiguous()

@@ -5,7 +5,7 @@ kernel runs all of them in one launch (``sf_compile.cuda.residual_trunk``), and 
 or needs a gradient, that one is launched instead.
 
 With ``input_scales``, one for each convolution, the calls multiply 8-bit integers where theirs is not 0. The
-kernel of one launch computes in 16 bits all the same: a picture that it takes is too small to gain anything.
+kernel of one launch does without all the same: a picture that it takes is too small to gain anything.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _on_cuda(convolve: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Ten
     dtype = storage(a.precision, a.input.dtype)
     if a.activation in ("none", "relu") and a.input.dtype == dtype:
         weights = [packing.cast(weight, dtype) for weight in a.weights]
-        if residual_trunk.refusal(a.input, finish, weights, norms) is None:
+        if residual_trunk.refusal(a.input, finish, weights, norms, a.precision) is None:
             return residual_trunk.trunk(a.input, finish, weights, norms, a.inner_eps)
     return _layers(convolve, a)
 
