@@ -151,7 +151,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
 #else
       if (layer == depth - 2) named_barrier_arrive(2, CONSUMERS + 96);
 #endif
-      float d[MMA_N / 2] = {};
+#if DTYPE == 0
+      float d[MMA_N / 2] = {};  // else the loop wants more registers
+#else
+      float d[MMA_N / 2];
+#endif
       const u64 pixels = descriptor(base + (second ? BETWEEN : 0), 16, PLANE_H * PIXEL_BYTES, SWIZZLE_64);
       const u64 weights = descriptor(ring + group * 2048, 1024, 128, SWIZZLE_NONE);
       auto release = [&](int use) {

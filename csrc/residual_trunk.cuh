@@ -26,7 +26,8 @@
 #define STAGE_STEPS 4
 #define STAGE_BYTES (STAGE_STEPS * STEP_BYTES)
 #define LAYER_STAGES (STEPS / STAGE_STEPS)
-#define PART_STAGES 9  // two planes: the body of a loop, for instructions have to be fetched too
+// The body of a loop: of float32 two planes, for instructions have to be fetched too; in 16 bits all are as few.
+#define PART_STAGES (DTYPE == 0 ? 9 : LAYER_STAGES)
 
 // Offsets in shared memory. In 16 bits z has a tile of its own. In float32 the tile has what is multiplied, of z and of
 // what is between a block's convolutions in turn, and z lies in registers, and its halo in chunks of threads' own.
