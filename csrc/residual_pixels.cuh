@@ -1,6 +1,6 @@
-// The pixels of csrc/residual_trunk.cu that a multiplying thread has in its accumulators: two neighbouring rows of every
-// column of the tile, of two channels, `channel` and the eighth after it. Finished they become operands in shared memory,
-// raw they are what neighbours read.
+// The pixels of csrc/residual_trunk.cu that a multiplying thread has in its accumulators: two neighbouring rows of
+// every column of the tile, of two channels, `channel` and the eighth after it. Finished they become operands in shared
+// memory, raw they are what neighbours read.
 //
 // 16-bit pixels lie in shared memory as they are, z too, and change places in matrices of 8x8. Float32 ones are rounded
 // to TF32 there, so a thread keeps its z in registers.
@@ -10,7 +10,8 @@
 
 typedef Pair RawPixels[TILE_W][2];  // two rows of one column, of either channel
 
-// Stores without a branch: of those the compiler would make many, whose instructions have to be fetched.
+#if DTYPE == 0
+// Accesses without a branch: of those the compiler would make many, whose instructions have to be fetched.
 DEVICE void store_if(u32 condition, u32 address, u32 v) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.shared.b32 [%1], %2;\n}" ::"r"(condition), "r"(address),
                "r"(v)
@@ -36,7 +37,6 @@ DEVICE u32 published_columns(const Tile& tile, int row, bool all) {
   return all || (tile.needed_rows() >> row & 1) ? inside : inside & tile.needed_columns();
 }
 
-#if DTYPE == 0
 struct OwnPixels {
   const Tile& tile;
   int row, stored;
@@ -100,19 +100,24 @@ struct OwnPixels {
 struct OwnPixels {
   const Tile& tile;
   int line, stored;  // after the transposition that gives a lane one row and two channels
+  u32 needed_columns;
+  bool needed_row;
 
   DEVICE OwnPixels(const Tile& tile, int warp, int lane) : tile(tile) {
     line = lane >> 2;
     stored = ((tile.y + line) * tile.width + tile.x) * CHANNELS + warp * 16 + 2 * (lane & 3);
+    needed_columns = tile.needed_columns(), needed_row = tile.needed_rows() >> line & 1;
   }
   // What neighbours' halos and this one's need; or all.
   DEVICE void publish(const RawPixels& raw, element* to, bool all) const {
-    const u32 columns = published_columns(tile, line, all);
 #pragma unroll
     for (int g = 0; g < TILE_W; g++)
 #pragma unroll
-      for (int k = 0; k < 2; k++)
-        store_if(columns & 1 << g, to + stored + g * CHANNELS + 8 * k, transpose_8x8(raw[g][k]));
+      for (int k = 0; k < 2; k++) {
+        const u32 two = transpose_8x8(raw[g][k]);
+        if (tile.has(line, g) && (all || needed_row || (needed_columns >> g & 1)))
+          *reinterpret_cast<u32*>(to + stored + g * CHANNELS + 8 * k) = two;
+      }
   }
   // Of a block's first convolution, or, added to z, of its second. A lane has the address of one row of four 8x8
   // matrices, two columns' of both channels' eight.

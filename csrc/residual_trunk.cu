@@ -6,11 +6,11 @@
 // r leaves raw, with its mean and variance, and beside it the z that is still to be added to it.
 //
 // A block keeps its tile of 8 x 16 pixels on chip throughout. Two tiles with halo lie in shared memory: z, and what
-// is between a block's two convolutions (of float32: one, see residual_pixels.cuh). The product has output channels as its rows and pixels as its columns; its
-// sums stay in registers until all blocks have met, once a layer: by then every block has added its sums of each
-// channel to the totals and published the raw pixels that its neighbours' halos need. After that it turns the totals
-// into a scale and a shift, finishes its own pixels out of its registers and its halo out of the published ones,
-// both straight into the other tile (z is added to where it lies), and multiplies again.
+// is between a block's two convolutions (of float32 one, see residual_pixels.cuh). The product has output channels as
+// its rows and pixels as its columns; its sums stay in registers until all blocks have met, once a layer: by then every
+// block has added its sums of each channel to the totals and published the raw pixels that its neighbours' halos need.
+// After that it turns the totals into a scale and a shift, finishes its own pixels out of its registers and its halo
+// out of the published ones, both straight into the other tile (z is added to where it lies), and multiplies again.
 //
 // Weights stream through a ring in shared memory, ahead of the products, also over the meetings.
 //

@@ -67,8 +67,9 @@ def int8() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def trunk() -> Iterator[tuple[str, Callable[[], Any]]]:
     """csrc/residual_trunk.cu."""
-    for height, width, blocks in ((19, 37, 1), (40, 40, 2)):
-        yield f"{height}x{width}", made_trunk(height, width, blocks=blocks)
+    for dtype in (torch.float16, torch.float32):
+        for height, width, blocks in ((19, 37, 1), (40, 40, 2)):
+            yield f"{height}x{width} {dtype}", made_trunk(height, width, blocks=blocks, dtype=dtype)
 
 
 def network() -> Iterator[tuple[str, Callable[[], Any]]]:
