@@ -75,7 +75,8 @@ struct OwnPixels {
   }
   // Of a block's first convolution, or, added to z, of its second.
   template <bool kResidual> DEVICE void finish(const RawPixels& raw, const Affine (&affine)[2], u32 into, u32) {
-    const int lane = threadIdx.x & 31, row = of_thread(this->row, lane), channel = (threadIdx.x >> 5) * 16 + (lane >> 2);
+    const int lane = threadIdx.x & 31, channel = (threadIdx.x >> 5) * 16 + (lane >> 2);
+    const int row = of_thread(this->row, lane);
     const u32 columns[2] = {published_columns(tile, row + odd, true), published_columns(tile, row + !odd, true)};
     u32 starts[4][2];  // of every fourth column: of either row; made anew each time, for want of registers
 #pragma unroll

@@ -69,7 +69,8 @@ struct Tile {
   // Where a picture has a chunk of the cell (0, 0 is the halo's first); -1 for one that no product of a pixel needs.
   DEVICE int offset_in_picture(int row, int column, int chunk) const {
     if (row > rows + 1 || column > columns + 1) return -1;
-    return (reflected(y - 1 + row, height) * width + reflected(x - 1 + column, width)) * CHANNELS + chunk * CHUNK_CHANNELS;
+    const int pixel = reflected(y - 1 + row, height) * width + reflected(x - 1 + column, width);
+    return pixel * CHANNELS + chunk * CHUNK_CHANNELS;
   }
   // A bit for every row that a halo has a pixel of: a neighbour's the first and the last, or at the picture's border
   // this block's own, mirrored, the second and the last but one.

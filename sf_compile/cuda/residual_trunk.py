@@ -56,6 +56,7 @@ class Variant(NamedTuple):
     stages: int
 
     @classmethod
+    @functools.cache
     def of(cls, dtype: int, parameter: int, channels: int, relu: bool) -> Variant:
         """With as many stages as find room."""
         bare = cls(dtype, parameter, channels, relu, 0)
