@@ -113,6 +113,17 @@ def test_more_threads_make_more_of_a_picture_small(monkeypatch):
     assert "4 threads" in str(least) and "4000 numbers" in str(least)
 
 
+def test_a_norm_over_groups_saves_less():
+    """PyTorch's own is one pass over a group; its instance norm copies the weights, and is a batch norm."""
+
+    def least(norm: nn.Module) -> float:
+        layers = [nn.ReflectionPad2d(1), nn.Conv2d(8, 8, 3), norm, nn.ReLU()]
+        model = nn.Sequential(*layers, *layers, *layers, *layers)
+        return found(model, torch.rand(1, 8, 64, 64)).numbers
+
+    assert least(nn.GroupNorm(2, 8)) > 1.5 * least(nn.InstanceNorm2d(8, affine=True))
+
+
 def wide(channels: int) -> nn.Module:
     """A layer without a norm between two reflection pads, in which nothing but Winograd's form saves much."""
     return nn.Sequential(
