@@ -70,6 +70,8 @@ def trunk() -> Iterator[tuple[str, Callable[[], Any]]]:
     for dtype in (torch.float16, torch.float32):
         for height, width, blocks in ((19, 37, 1), (40, 40, 2)):
             yield f"{height}x{width} {dtype}", made_trunk(height, width, blocks=blocks, dtype=dtype)
+    found = {dict(k.key.constants)["DTYPE"] for k in loader.loaded() if k.entry == "residual_trunk"}
+    assert found == {0, 1}, f"the trunk ran with the DTYPEs {found}"
 
 
 def network() -> Iterator[tuple[str, Callable[[], Any]]]:

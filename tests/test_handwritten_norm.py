@@ -340,7 +340,7 @@ def test_strides_that_no_op_returns_are_left_alone():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_batch_norm_of_a_turned_picture_is_left_alone(layout):
-    """Of one in channels_last, Dynamo records strides that are neither that layout's nor eager's."""
+    """Dynamo records strides that are neither layout's, where eager returns a contiguous picture."""
     weight = torch.randn(4, 4, 3, 3).contiguous(memory_format=LAYOUTS[layout])
     mean, variance = torch.randn(4), torch.rand(4) + 0.5
 

@@ -6,9 +6,11 @@ import gc
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from sf_compile.cuda import packing
 from sf_compile.cuda.packing import packed
+from sf_compile.runtime.unchanged import Unchanged
 
 
 class Pack:
@@ -48,6 +50,28 @@ def test_a_tensor_given_other_memory_is_packed_anew(pack):
     weight.data = torch.randn(4, 3)  # what Module.half() and .to() do
     assert weight._version == version
     assert torch.equal(packed(weight, "flipped", pack).weight, weight.flip(0)) and pack.calls == 2
+
+
+@pytest.mark.parametrize("what", ["storage", "dtype"])
+def test_memory_that_another_dtype_had_meanwhile_is_packed_anew(pack, what):
+    """Module.half() and .bfloat16() change no version, and the allocator hands freed addresses out again."""
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    packed(weight, "flipped", pack)
+    forms = packing._packed[weight]
+    other = {"storage": StorageWeakRef(torch.empty(4).untyped_storage()), "dtype": torch.float16}[what]
+    forms["flipped"] = forms["flipped"]._replace(**{what: other})
+    assert torch.equal(packed(weight, "flipped", pack).weight, weight.flip(0)) and pack.calls == 2
+    assert packed(weight, "flipped", pack).weight.dtype == torch.float32 and pack.calls == 2
+
+
+def test_parameters_that_went_to_another_dtype_and_back_have_changed():
+    layers = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(8)))
+    for _ in range(20):
+        parameters = list(layers.parameters())
+        before = Unchanged(parameters)
+        assert before.holds_for(parameters)
+        layers.half().float()  # may lie where it did
+        assert not before.holds_for(parameters)
 
 
 def test_every_form_is_kept_for_itself(pack):

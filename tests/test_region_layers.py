@@ -61,7 +61,7 @@ def hopper_host(monkeypatch):
 @pytest.fixture
 def on_hopper(monkeypatch):
     """The trunk's kernel takes CPU tensors too."""
-    monkeypatch.setattr(hopper, "runs_on", lambda x: x.dtype in hopper.SIXTEEN_BIT)
+    monkeypatch.setattr(hopper, "runs_on", lambda x: x.dtype in hopper.OPERANDS)
 
 
 def caught(model, x):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sf_compile.cuda.recorder import observing
@@ -38,9 +39,25 @@ class Packed(NamedTuple):
 
 
 class _Kept(NamedTuple):
+    """A packed weight, and what it was made of: memory that is another's by now has another storage."""
+
     version: int
     address: int
+    dtype: torch.dtype
+    storage: StorageWeakRef
     weight: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, copy: Tensor) -> _Kept:
+        """``copy``, made of ``weight`` as it is now."""
+        storage = StorageWeakRef(weight.untyped_storage())
+        return cls(weight._version, weight.data_ptr(), weight.dtype, storage, copy)
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether ``weight`` is still what it was: neither written, nor given other memory."""
+        if (self.version, self.address, self.dtype) != (weight._version, weight.data_ptr(), weight.dtype):
+            return False
+        return bool(self.storage.cdata == weight.untyped_storage()._cdata)
 
 
 _packed = WeakTensorKeyDictionary()
@@ -67,7 +84,7 @@ def packed(weight: Tensor, form: str, pack: Callable[[Tensor], Tensor]) -> Packe
     with _lock:
         forms: dict[str, _Kept] = _packed.setdefault(weight, {})
         kept = forms.get(form)
-        if kept is not None and kept.version == weight._version and kept.address == weight.data_ptr():
+        if kept is not None and kept.is_of(weight):
             if observing.recorder is not None:
                 observing.recorder.uses(kept.weight, of=weight)
             return Packed(kept.weight, True)
@@ -89,7 +106,7 @@ def _renewed(
                     torch.cuda.synchronize()  # until no stream reads the old numbers
                     copy = kept.weight.copy_(copy)
                 torch.cuda.current_stream().synchronize()
-        forms[form] = _Kept(weight._version, weight.data_ptr(), copy)
+        forms[form] = _Kept.of(weight, copy)
         return Packed(copy, True)
 
 

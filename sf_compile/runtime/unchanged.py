@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 version_of: Callable[[Tensor], int] = torch._C.TensorBase._version.__get__  # type: ignore[attr-defined]
 """How often a tensor was written, of one that is no inference tensor; the quickest way to ask."""
@@ -22,6 +23,7 @@ class Unchanged:
     """Tensors as they are now: these objects, where they lie, written as often.
 
     Their shapes, strides and dtypes are the same then, too, unless ``.data`` was given one of that memory.
+    ``Module.half()`` and back again may do that, with all of them: the first one's storage tells.
 
     Raises RuntimeError for an inference tensor, which has no version.
     """
@@ -32,6 +34,7 @@ class Unchanged:
         self._references = list(map(weakref.ref, tensors))
         self._versions = list(map(version_of, tensors))
         self._copied: Callable[[Sequence[Tensor]], Sequence[Tensor]] = tuple
+        self._first = StorageWeakRef(tensors[0].untyped_storage()) if tensors else None
 
     def where_copied(self, places: Sequence[int]) -> Unchanged:
         """The same of tensors that are read where they lie, but for those at ``places``: of these are copies.
@@ -51,6 +54,8 @@ class Unchanged:
         if not all(map(operator.is_, copied, [reference() for reference in self._references])):
             return False
         if list(map(version_of, copied)) != self._versions:
+            return False
+        if self._first is not None and self._first.cdata != tensors[0].untyped_storage()._cdata:
             return False
         if _lie_at is not None:
             return bool(_lie_at(list(tensors), self._addresses, self._all))
