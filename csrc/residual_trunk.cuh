@@ -26,8 +26,8 @@
 #define STAGE_STEPS 4
 #define STAGE_BYTES (STAGE_STEPS * STEP_BYTES)
 #define LAYER_STAGES (STEPS / STAGE_STEPS)
-// The body of a loop: of float32 two planes, for instructions have to be fetched too. 16 bits have half as many stages,
-// and all of them in one piece: as a loop they took longer.
+// The body of a loop: of float32 two planes, for a layer has twice as many stages as in 16 bits, and in one piece they
+// would make the kernel's instructions a sixth more.
 #define PART_STAGES (DTYPE == 0 ? 9 : LAYER_STAGES)
 
 // Offsets in shared memory. In 16 bits z has a tile of its own. In float32 the tile has what is multiplied, of z and of

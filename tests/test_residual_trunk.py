@@ -87,6 +87,16 @@ def test_every_variant_fits_a_block():
         assert variant.threads * 168 <= 65536
 
 
+def test_what_the_docs_say_of_float32():
+    """docs/kernels.md: of 128 channels six stages of 36, and 28 KiB of z's halo."""
+    variant = Variant.of(0, 0, 128, True)
+    products = 9 * 128 * 4 // 32  # of 32 bytes of channels
+    assert variant.stages == 6 and products // residual_trunk._STAGE_STEPS == 36
+    tile = 128 * 4 // 64 * PLANE_BYTES
+    ring = variant.stages * (variant.stage_bytes + 16)
+    assert variant.shared_bytes - tile - ring - 8 * 128 - 512 == 28 * 1024
+
+
 # ---- below the op ------------------------------------------------------------------------------------------
 
 
